@@ -1,0 +1,60 @@
+"""pool_head: the end of the model.
+
+Buffers: x [B, N, E] is read, out is written: [B, classes], or the pooled features [B, E] ([B, N, E] where ``pool`` is
+"none") of a model with no classifier. ``norm`` precedes pooling and ``fc_norm`` follows it, as one tensor [2, E] each.
+A distilled model's two heads are one linear over its two first tokens side by side (``pool`` "tokens"), each head's
+weight halved, since their logits are averaged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from torch import Tensor
+
+from .._expect import expect, expect_buffer, expect_linear
+from ..op import Op
+from ..target import Target
+from .reference import Pool, pool_head, pool_tokens
+
+__all__ = ["Pool", "PoolHead", "pool_head", "pool_tokens"]
+
+
+@dataclass(frozen=True, eq=False)
+class PoolHead(Op):
+    """norm and fc_norm [2, E] or None; weight [classes, E or 2E] or None, bias [classes] or None; fp32."""
+
+    embed_dim: int
+    pool: Pool
+    prefix: int
+    eps: float
+    norm: Tensor | None = None
+    fc_norm: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        expect(self.pool in get_args(Pool), "a kind of pooling", got=self.pool, want=get_args(Pool))
+        for name in ("norm", "fc_norm"):
+            norm = getattr(self, name)
+            fits = norm is None or norm.shape == (2, self.embed_dim)
+            expect(fits, f"{name} [2, E]", got=norm if norm is None else tuple(norm.shape), want=self.embed_dim)
+        expect(self.pool != "tokens" or self.fc_norm is None, "no norm after pooling two tokens", got="fc_norm")
+        if self.weight is not None:
+            expect_linear("weight", self.weight, self.bias, (None, self.pooled_dim))
+
+    @property
+    def pooled_dim(self) -> int:
+        return 2 * self.embed_dim if self.pool == "tokens" else self.embed_dim
+
+    def check(self, target: Target, x: Tensor, out: Tensor) -> None:
+        expect_buffer("x", x, (None, None, self.embed_dim), target)
+        b, n = x.shape[:2]
+        out_dim = self.pooled_dim if self.weight is None else self.weight.shape[0]
+        expect_buffer("out", out, (b, n, out_dim) if self.pool == "none" else (b, out_dim), target)
+
+    def reference(self, x: Tensor, out: Tensor) -> None:
+        norm = None if self.norm is None else tuple(self.norm)
+        fc_norm = None if self.fc_norm is None else tuple(self.fc_norm)
+        out.copy_(pool_head(x, self.pool, self.prefix, self.eps, norm, fc_norm, self.weight, self.bias))  # type: ignore[arg-type]

@@ -1,0 +1,65 @@
+"""Where an op runs: a backend, a device, a dtype."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ._expect import expect
+
+BackendName = Literal["torch", "cpu", "cuda"]
+BACKENDS: tuple[BackendName, ...] = ("torch", "cpu", "cuda")
+
+Launch = Callable[[], None]
+
+
+class MissingExtension(RuntimeError):
+    """A native extension that this backend needs is not built. The message has the command that builds it."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend with the device and dtype that it runs in.
+
+    ``torch``: the reference ops, any device and floating dtype. ``cpu``: the C++ kernels, fp32, on ``threads``
+    threads of their own. ``cuda``: Triton and CUDA kernels, fp16 or bf16, sm_80 and newer.
+    """
+
+    backend: BackendName
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+
+    def __post_init__(self) -> None:
+        expect(self.backend in BACKENDS, "a backend", got=self.backend, want=BACKENDS)
+        expect(self.threads >= 1, "at least one thread", got=self.threads)
+        if self.backend == "cpu":
+            expect(self.device.type == "cpu", "the cpu backend on a CPU", got=self.device)
+            expect(self.dtype == torch.float32, "the cpu backend in fp32", got=self.dtype)
+        if self.backend == "cuda":
+            expect(self.device.type == "cuda", "the cuda backend on a GPU", got=self.device)
+            half = (torch.float16, torch.bfloat16)
+            expect(self.dtype in half, "the cuda backend in fp16 or bf16", got=self.dtype)
+
+    @property
+    def alignment(self) -> int:
+        """Columns between the starts of slices in a packed row: 16-byte copies on a GPU, no padding elsewhere."""
+        return 8 if self.backend == "cuda" else 1
+
+    def pitch(self, width: int) -> int:
+        """Elements from one row of a buffer to the next: a multiple of 8 on a GPU, of a cache line on a CPU."""
+        unit = {"torch": 1, "cpu": 16, "cuda": 8}[self.backend]
+        return -(-width // unit) * unit
+
+
+class PackedOp(Protocol):
+    """An op whose weights lie in the layout that one target's kernel reads."""
+
+    def bind(self, *buffers: Tensor) -> Launch:
+        """Check the buffers once; what is returned runs the op on them, allocates nothing and checks nothing."""
+        ...
