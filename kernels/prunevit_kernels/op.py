@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from typing import Any, ClassVar, Self
@@ -23,13 +23,10 @@ class Op:
 
     implementations: ClassVar[Mapping[BackendName, str]] = {"cpu": "_native", "cuda": "_triton"}
 
-    def check(self, target: Target, *buffers: Tensor) -> None:
-        """Raise :class:`ContractError` unless the buffers are what the contract says."""
-        raise NotImplementedError
-
-    def reference(self, *buffers: Tensor) -> None:
-        """Run the op on the buffers in plain PyTorch."""
-        raise NotImplementedError
+    # Each op's ``check(target, *buffers)`` raises ContractError unless the buffers are what its contract says;
+    # ``reference(*buffers)`` runs it on them in plain PyTorch. The buffers differ from op to op.
+    check: ClassVar[Callable[..., None]]
+    reference: ClassVar[Callable[..., None]]
 
     def to(self, target: Target) -> Self:
         """The same op with its tensors on the target's device, in its dtype."""

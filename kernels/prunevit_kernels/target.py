@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
 
 from ._expect import expect
 
@@ -60,6 +59,7 @@ class Target:
 class PackedOp(Protocol):
     """An op whose weights lie in the layout that one target's kernel reads."""
 
-    def bind(self, *buffers: Tensor) -> Launch:
-        """Check the buffers once; what is returned runs the op on them, allocates nothing and checks nothing."""
+    @property
+    def bind(self) -> Callable[..., Launch]:
+        """Check the op's buffers once; what comes back runs the op on them, allocates nothing and checks nothing."""
         ...
