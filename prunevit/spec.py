@@ -19,7 +19,7 @@ from .errors import SpecError
 if TYPE_CHECKING:
     from torch import nn
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 MAX_PARAMS = 2**33  # 32 GiB of fp32: an order above the largest ViT published with weights
 
 Act = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
@@ -185,7 +185,7 @@ class ViTSpec(_Frozen):
         return self
 
     def _check_selection(self) -> None:
-        tokens, scored, cascades = self.num_patches, False, set[str]()
+        tokens, scored, kinds = self.num_patches, False, set[tuple[str, bool]]()
         for i, block in enumerate(self.blocks):
             scored = scored or bool(block.qk_dims and block.select and block.select.before == "mlp")
             if (select := block.select) is not None:
@@ -205,13 +205,10 @@ class ViTSpec(_Frozen):
                         f"{where}: a static token count needs a static image size, got dynamic_img_size true"
                     )
                 tokens = select.keep + int(select.fuse)
-                if select.cascade:
-                    cascades.add(select.rule)
+                kinds.add((select.rule, select.cascade))
             scored = scored or bool(block.qk_dims)
-        if len(cascades) > 1:
-            raise ValueError(
-                f"blocks.select.rule: expected one rule for all cascading selections, got {sorted(cascades)}"
-            )
+        if len(kinds) > 1:
+            raise ValueError(f"blocks.select: expected one rule and one cascade for all blocks, got {sorted(kinds)}")
 
     # -- shape -------------------------------------------------------------------------------------------------------
 
@@ -268,13 +265,19 @@ class ViTSpec(_Frozen):
             # lists stand for tuples in JSON: validated as JSON, strictness keeps its meaning for everything else
             return cls.model_validate_json(_to_json(data))
         except ValidationError as error:
-            lines = [f"{'.'.join(str(part) for part in e['loc']) or 'spec'}: {_reason(e)}" for e in error.errors()[:5]]
-            raise SpecError("invalid spec: " + "; ".join(lines)) from None
+            raise SpecError(_message(error)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, defaults included."""
         data: dict[str, Any] = self.model_dump(mode="json")
         return data
+
+    def replace(self, **fields: Any) -> ViTSpec:
+        """The same spec with some fields changed, and checked anew. Raises :class:`SpecError`."""
+        try:
+            return ViTSpec(**{**{name: getattr(self, name) for name in type(self).model_fields}, **fields})
+        except ValidationError as error:
+            raise SpecError(_message(error)) from None
 
     @classmethod
     def from_shape(cls, entry: Mapping[str, Any], **fields: Any) -> ViTSpec:
@@ -310,6 +313,11 @@ def _to_json(data: Mapping[str, Any]) -> str:
         return json.dumps(data)
     except (TypeError, ValueError, RecursionError) as error:
         raise SpecError(f"invalid spec: expected plain JSON values, got {error}") from None
+
+
+def _message(error: ValidationError) -> str:
+    lines = [f"{'.'.join(str(part) for part in e['loc']) or 'spec'}: {_reason(e)}" for e in error.errors()[:5]]
+    return "invalid spec: " + "; ".join(lines)
 
 
 def _reason(error: Any) -> str:
