@@ -73,16 +73,27 @@ def _patch_dim(spec: ViTSpec) -> int:
     return spec.in_chans * spec.patch_size[0] * spec.patch_size[1]
 
 
+def latent_pool_macs(spec: ViTSpec) -> int:
+    """Attention pooling over the last block's tokens: q and proj of one latent, kv of every token, the MLP."""
+    if spec.attn_pool is None:
+        return 0
+    n = spec.tokens()[-1][2] if spec.blocks else spec.num_patches + spec.num_prefix_tokens
+    n -= 0 if spec.pool_include_prefix else spec.num_prefix_tokens
+    width = spec.embed_dim
+    return width * width * (2 + 2 * n) + 2 * n * width + 2 * width * spec.attn_pool.mlp_dim
+
+
+def head_macs(spec: ViTSpec) -> int:
+    """The classifier; without pooling it sees every token."""
+    rows = 1 + spec.distilled
+    if spec.global_pool == "":
+        rows = spec.tokens()[-1][2] if spec.blocks else spec.num_patches + spec.num_prefix_tokens
+    return rows * spec.embed_dim * spec.num_classes
+
+
 def stem_and_head_macs(spec: ViTSpec) -> int:
     """Patch embedding, attention pooling and classifier, for one image."""
-    width = spec.embed_dim
-    macs = spec.num_patches * _patch_dim(spec) * width + width * spec.num_classes * (1 + spec.distilled)
-    if spec.attn_pool is not None:
-        n = spec.num_patches if not spec.pool_include_prefix else spec.num_patches + spec.num_prefix_tokens
-        if spec.blocks:
-            n = spec.tokens()[-1][2] - (0 if spec.pool_include_prefix else spec.num_prefix_tokens)
-        macs += width * width * (2 + 2 * n) + 2 * n * width + 2 * width * spec.attn_pool.mlp_dim
-    return macs
+    return spec.num_patches * _patch_dim(spec) * spec.embed_dim + latent_pool_macs(spec) + head_macs(spec)
 
 
 def stem_and_head_params(spec: ViTSpec) -> int:

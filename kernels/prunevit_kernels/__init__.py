@@ -11,6 +11,7 @@ from .norm_linear import NormLinear
 from .op import Op
 from .patch_embed import PatchEmbed
 from .pool_head import Pool, PoolHead
+from .program import fuse
 from .ragged_attention import RaggedAttention
 from .select_tokens import SelectTokens
 from .target import BACKENDS, BackendName, Launch, MissingExtension, PackedOp, Target
@@ -39,4 +40,5 @@ __all__ = [
     "Target",
     "TokenScores",
     "expect",
+    "fuse",
 ]

@@ -1,7 +1,7 @@
 """token_scores: a second pass over QKᵀ, in the layers that choose tokens only.
 
-Buffers: qkv [B, N, heads.width] is read, scores [B, N] fp32 is added to (accumulating over layers is the cascade of
-CP-ViT; whoever wants one layer's scores zeroes the buffer first).
+Buffers: qkv [B, N, heads.width] is read, scores [B, N] fp32 is written, or added to where ``accumulate`` (the cascade
+of CP-ViT accumulates over layers).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ __all__ = ["Rule", "TokenScores", "token_scores"]
 class TokenScores(Op):
     heads: HeadTable
     rule: Rule
+    accumulate: bool = False
 
     def __post_init__(self) -> None:
         expect(self.rule in get_args(Rule), "a rule", got=self.rule, want=get_args(Rule))
@@ -34,4 +35,5 @@ class TokenScores(Op):
         expect_buffer("scores", scores, qkv.shape[:2], target, torch.float32)
 
     def reference(self, qkv: Tensor, scores: Tensor) -> None:
-        scores.add_(token_scores(qkv, self.heads, self.rule))
+        fresh = token_scores(qkv, self.heads, self.rule)
+        scores.copy_(scores + fresh if self.accumulate else fresh)

@@ -1,0 +1,35 @@
+# make demo    prune a ViT on handwritten digits, run it, time a published shape   (a fresh clone needs nothing else)
+# make test    the whole test suite
+# make check   ruff, mypy, import-linter
+# make bench   the CPU benchmarks; PEERS: torch.compile, ONNX Runtime, OpenVINO
+# Set PYTHON to choose an interpreter (3.11 or newer), VENV to choose where it is installed.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/prunevit demo --out demo-out
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# the stamp depends on what is compiled: an edited kernel is rebuilt, an unchanged one is reused
+$(VENV)/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
+	touch $@
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out
+	find . -name '*.so' -path '*prunevit_kernels*' -delete

@@ -1,0 +1,68 @@
+"""Which backend, device and dtype a runtime gets; nothing is chosen in silence."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+from prunevit_kernels import BACKENDS, BackendName, Target
+
+from ..errors import InputError, expect
+
+logger = logging.getLogger("prunevit")
+
+BUILD_COMMAND = "python setup.py build_ext --inplace"
+
+
+def cpu_extension_built() -> bool:
+    """Are the C++ kernels there?"""
+    return find_spec("prunevit_kernels._cpu") is not None
+
+
+def choose_target(
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    backend: BackendName | Literal["auto"],
+    threads: int | None,
+) -> Target:
+    """What a runtime was asked for, with the rest filled in: a GPU where there is one, else the CPU's own kernels.
+
+    ``auto`` takes ``torch`` only for a device or dtype that no kernel serves, or, with a warning that has the command
+    that builds it, where the native extension is missing.
+    """
+    expect(backend in ("auto", *BACKENDS), InputError, f"a backend among auto, {', '.join(BACKENDS)}", got=backend)
+    if device is None:
+        wants_gpu = backend == "cuda" or (backend in ("auto", "torch") and torch.cuda.is_available())
+        device = "cuda" if wants_gpu else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        expect(torch.cuda.is_available(), InputError, "an NVIDIA GPU for device cuda", got="none that torch sees")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    chosen = _automatic(device, dtype) if backend == "auto" else backend
+    if dtype is None:
+        dtype = torch.bfloat16 if chosen == "cuda" else torch.float32
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    target = Target(chosen, device, dtype, threads or available)
+    logger.info("backend %s on %s in %s", chosen, device, str(dtype).removeprefix("torch."))
+    return target
+
+
+def _automatic(device: torch.device, dtype: torch.dtype | None) -> BackendName:
+    if device.type == "cuda" and dtype in (None, torch.float16, torch.bfloat16):
+        return "cuda"
+    if device.type != "cpu" or dtype not in (None, torch.float32):
+        return "torch"
+    if cpu_extension_built():
+        return "cpu"
+    warnings.warn(
+        f"the C++ kernels are not built: running on the reference ops, several times slower. Build them with "
+        f"`{BUILD_COMMAND}` in a source checkout, or reinstall prunevit where there is a C++ compiler.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return "torch"

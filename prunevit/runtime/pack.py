@@ -1,0 +1,168 @@
+"""Weights → ops: each part of a model as the op that runs it, exact folds made, laid out for a target.
+
+All arithmetic is in fp64 and rounded to fp32 once; casting to the target's dtype is the op's own last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from prunevit_kernels import (
+    FusedMlp,
+    HeadTable,
+    LinearResidual,
+    NormLinear,
+    PatchEmbed,
+    Pool,
+    PoolHead,
+    RaggedAttention,
+    Target,
+)
+
+from ..spec import ViTSpec
+from .fold import fold_norm, fold_scale, fold_value_bias, spread_columns, spread_rows
+
+
+class Weights:
+    """A model's tensors by timm's names, in fp64; an absent one is None."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def get(self, name: str) -> Tensor | None:
+        tensor = self._tensors.get(name)
+        return None if tensor is None else tensor.detach().to("cpu", torch.float64)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].detach().to("cpu", torch.float64)
+
+    def affine(self, norm: str) -> Tensor:
+        """A norm's weight and bias as one tensor [2, E]."""
+        return torch.stack([self[f"{norm}.weight"], self[f"{norm}.bias"]])
+
+
+def _single(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
+def patch_embed_op(spec: ViTSpec, weights: Weights, grid: tuple[int, int]) -> PatchEmbed:
+    """The stem for a grid of patches; positions learnt at another grid are resampled as timm resamples them."""
+    with_prefix = 0 if spec.no_embed_class else spec.num_prefix_tokens
+    positions = weights["pos_embed"]
+    if grid != spec.grid_size:
+        positions = resample_abs_pos_embed(
+            positions.float(), new_size=list(grid), old_size=list(spec.grid_size), num_prefix_tokens=with_prefix
+        ).double()
+    tokens = [weights.get(name) for name in ("cls_token", "dist_token", "reg_token")]
+    prefix = torch.cat([t[0] for t in tokens if t is not None] or [positions.new_zeros(0, spec.embed_dim)])
+    prefix = prefix + positions[0, :with_prefix] if with_prefix else prefix
+    weight = _single(weights["patch_embed.proj.weight"])
+    positions = _single(positions[0, with_prefix:])  # type: ignore[assignment]  # never None
+    return PatchEmbed(
+        weight=weight,  # type: ignore[arg-type]
+        bias=_single(weights.get("patch_embed.proj.bias")),
+        positions=positions,
+        prefix=prefix.float(),
+        eps=spec.norm_eps,
+        embed_norm=_single(weights.affine("patch_embed.norm")) if spec.embed_norm else None,
+        pre_norm=_single(weights.affine("norm_pre")) if spec.pre_norm else None,
+    )
+
+
+def attention_ops(
+    spec: ViTSpec, index: int, weights: Weights, target: Target
+) -> tuple[NormLinear, RaggedAttention, LinearResidual]:
+    """norm1 and qkv, the heads, proj: folds made, each head's slices aligned as the target wants them."""
+    block, name = spec.blocks[index], f"blocks.{index}"
+    heads = HeadTable.packed(block.qk_dims, block.v_dims, align=target.alignment)
+    qk_dim = sum(block.qk_dims)
+    norm = weights.affine(f"{name}.norm1")
+    weight, bias = fold_norm(
+        weights[f"{name}.attn.qkv.weight"], weights.get(f"{name}.attn.qkv.bias"), norm[0], norm[1], block.attn_reads
+    )
+    weight, bias = fold_scale(weight, bias, qk_dim, block.attn_scale)
+    proj = weights[f"{name}.attn.proj.weight"]
+    bias, proj_bias = fold_value_bias(bias, qk_dim, proj, weights.get(f"{name}.attn.proj.bias"))
+
+    weight, bias = spread_rows(weight, bias, heads.qkv_columns(), heads.width)
+    proj = spread_columns(proj, heads.out_columns(), heads.out_width)
+    qkv = NormLinear(spec.embed_dim, weight.float(), bias.float(), spec.norm_eps, block.attn_reads)
+    out = LinearResidual(
+        spec.embed_dim,
+        proj.float(),
+        proj_bias.float(),
+        _single(weights.get(f"{name}.ls1.gamma")),
+        block.attn_writes,
+    )
+    return qkv, RaggedAttention(heads), out
+
+
+def mlp_op(spec: ViTSpec, index: int, weights: Weights) -> FusedMlp:
+    """norm2, fc1, activation, fc2."""
+    block, name = spec.blocks[index], f"blocks.{index}"
+    norm = weights.affine(f"{name}.norm2")
+    w1, b1 = fold_norm(
+        weights[f"{name}.mlp.fc1.weight"], weights.get(f"{name}.mlp.fc1.bias"), norm[0], norm[1], block.mlp_reads
+    )
+    return FusedMlp(
+        spec.embed_dim,
+        w1.float(),
+        b1.float(),
+        weights[f"{name}.mlp.fc2.weight"].float(),
+        _single(weights.get(f"{name}.mlp.fc2.bias")),
+        spec.act,
+        spec.norm_eps,
+        _single(weights.get(f"{name}.ls2.gamma")),
+        block.mlp_reads,
+        block.mlp_writes,
+    )
+
+
+def emptied_bias(spec: ViTSpec, index: int, weights: Weights, sublayer: str) -> Tensor | None:
+    """What an emptied attention or MLP still adds to every token: its output bias, layer-scaled, over all channels."""
+    block = spec.blocks[index]
+    part, scale, writes = {
+        "attn": ("attn.proj", "ls1", block.attn_writes),
+        "mlp": ("mlp.fc2", "ls2", block.mlp_writes),
+    }[sublayer]
+    bias = weights.get(f"blocks.{index}.{part}.bias")
+    gamma = weights.get(f"blocks.{index}.{scale}.gamma")
+    if bias is None:
+        return None
+    bias = bias if gamma is None else gamma * bias
+    if writes is None:
+        return bias
+    spread = bias.new_zeros(spec.embed_dim)
+    spread[list(writes)] = bias
+    return spread
+
+
+def pool_head_op(spec: ViTSpec, weights: Weights) -> PoolHead:
+    """The final norm, pooling and classifier; the norm is folded into the classifier where pooling is linear."""
+    norm = weights.affine("norm") if spec.final_norm else None
+    fc_norm = weights.affine("fc_norm") if spec.fc_norm else None
+    pool: Pool = "none" if spec.global_pool == "" or spec.global_pool == "map" else spec.global_pool
+    prefix = 0 if spec.pool_include_prefix else spec.num_prefix_tokens
+    if spec.global_pool == "map" or spec.num_classes == 0:
+        return PoolHead(spec.embed_dim, pool, prefix, spec.norm_eps, _single(norm), _single(fc_norm))
+    weight, bias = weights["head.weight"], weights["head.bias"]
+    if spec.distilled:
+        pool = "tokens"
+        weight = torch.cat([weight, weights["head_dist.weight"]], dim=1) / 2
+        bias = (bias + weights["head_dist.bias"]) / 2
+    # an affine norm without its affine part still normalises: weight one, bias zero
+    plain = torch.stack([torch.ones(spec.embed_dim), torch.zeros(spec.embed_dim)])
+    if fc_norm is not None:
+        weight, bias = fold_norm(weight, bias, fc_norm[0], fc_norm[1])
+        fc_norm = plain
+    elif norm is not None and pool in ("token", "tokens", "avg", "none"):
+        repeats = 2 if pool == "tokens" else 1
+        weight, bias = fold_norm(weight, bias, norm[0].repeat(repeats), norm[1].repeat(repeats))
+        norm = plain
+    return PoolHead(
+        spec.embed_dim, pool, prefix, spec.norm_eps, _single(norm), _single(fc_norm), _single(weight), _single(bias)
+    )

@@ -1,0 +1,78 @@
+"""From photographs to named classes, by timm's own data config and label names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from torch import Tensor
+
+from ..errors import InputError, expect
+from ..spec import ViTSpec
+
+ImageLike = str | os.PathLike[str] | Image.Image
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class: its index, its name where one is known, its probability."""
+
+    index: int
+    label: str
+    probability: float
+
+
+class Predictor:
+    """Prepares images and names classes for one model."""
+
+    def __init__(self, pretrained_cfg: Mapping[str, Any], spec: ViTSpec) -> None:
+        cfg = {**pretrained_cfg, "input_size": (spec.in_chans, *spec.img_size)}
+        self.transform = create_transform(**resolve_data_config(pretrained_cfg=cfg), is_training=False)
+        self.mode = "L" if spec.in_chans == 1 else "RGB"
+        self.labels = _labels(pretrained_cfg, spec.num_classes)
+
+    def prepare(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """[B, C, H, W] from one image or several."""
+        several = [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
+        expect(len(several) > 0, InputError, "at least one image", got="none")
+        return torch.stack([self.transform(self._open(image)) for image in several])
+
+    def _open(self, image: ImageLike) -> Image.Image:
+        if isinstance(image, Image.Image):
+            return image.convert(self.mode)
+        expect(isinstance(image, str | os.PathLike), InputError, "a path or a PIL image", got=type(image).__name__)
+        path = Path(image)
+        expect(path.is_file(), InputError, "the path of an image", got=f"{path}, which is no file")
+        try:
+            with Image.open(path) as opened:
+                return opened.convert(self.mode)
+        except (UnidentifiedImageError, OSError) as error:
+            raise InputError(f"expected an image that Pillow reads, got {path}: {error}") from error
+
+    def top(self, logits: Tensor, top_k: int) -> list[list[Prediction]]:
+        """The most likely classes of each row, best first."""
+        expect(top_k >= 1, InputError, "top_k of at least 1", got=top_k)
+        probabilities = logits.float().softmax(dim=-1).cpu()
+        best = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
+        return [
+            [Prediction(int(i), self.labels[int(i)], float(p)) for i, p in zip(indices, values)]
+            for indices, values in zip(best.indices, best.values)
+        ]
+
+
+def _labels(cfg: Mapping[str, Any], num_classes: int) -> list[str]:
+    """The checkpoint's own label names, else ImageNet's where the class count is one of its subsets', else numbers."""
+    own = cfg.get("label_names")
+    if own is not None and len(own) == num_classes:
+        return [str(name) for name in own]
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    if subset is None:
+        return [f"class {i}" for i in range(num_classes)]
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i) for i in range(num_classes)]

@@ -1,0 +1,157 @@
+"""Runtime: a pruned model, executed in exactly its shape."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from prunevit_kernels import BackendName
+
+from .. import checkpoint
+from ..errors import InputError, expect
+from ..models.from_timm import from_timm
+from ..models.vit import PrunedViT
+from .backend import choose_target
+from .engine import Engine
+from .plan import Plan, make_plan
+from .predict import Prediction, Predictor
+
+
+class Runtime:
+    """Runs a checkpoint directory, a :class:`PrunedViT`, or a timm ViT.
+
+    ``device``: cuda where there is one, else cpu. ``dtype``: bf16 or fp16 on a GPU (bf16), fp32 on a CPU. ``backend``:
+    ``auto``, ``cuda`` (Triton and CUDA), ``cpu`` (C++) or ``torch`` (the reference ops, any device and dtype).
+    ``threads``: of the cpu backend, all cores by default. ``check_nan``: refuse images with NaN or infinity; on by
+    default on a CPU, off on a GPU, where looking costs a synchronisation. ``max_programs``: how many input shapes keep
+    their buffers.
+
+    The weights are copied and laid out here: later changes to the model do not reach the runtime. Calls from several
+    threads are safe.
+
+    Raises :class:`CheckpointError`, :class:`SpecError`, :class:`UnsupportedModel`; at calls :class:`InputError`.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | nn.Module,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        backend: BackendName | Literal["auto"] = "auto",
+        threads: int | None = None,
+        check_nan: bool | None = None,
+        max_programs: int = 8,
+    ) -> None:
+        source = _as_pruned(model)
+        self.spec = source.spec
+        self.target = choose_target(device, dtype, backend, threads)
+        self.check_nan = self.target.device.type == "cpu" if check_nan is None else check_nan
+        # a copy, so that training the model further cannot reach what is planned for another image size later
+        self._tensors = {name: tensor.detach().cpu().clone() for name, tensor in source.state_dict().items()}
+        self._attn_pool = getattr(source, "attn_pool", None)
+        self._engine = Engine(self._make_plan, self.target, max_programs)
+        self._predictor = Predictor(source.pretrained_cfg, self.spec)
+
+    def _make_plan(self, img_size: tuple[int, int]) -> Plan:
+        return make_plan(self.spec, self._tensors, self.target, img_size, self._attn_pool)
+
+    @property
+    def backend(self) -> BackendName:
+        return self.target.backend
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.target.dtype
+
+    def __repr__(self) -> str:
+        gmacs = self.spec.macs() / 1e9
+        return f"Runtime({self.spec.depth} blocks, {gmacs:.3f} GMAC, {self.backend} on {self.device}, {self.dtype})"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """images [B, C, H, W] on the runtime's device -> logits [B, classes] (features where there is no classifier).
+
+        fp32 images are accepted by a 16-bit runtime and cast; any other difference is an :class:`InputError`.
+        """
+        return self._engine(self._checked(images))
+
+    def predict(
+        self,
+        images: str | os.PathLike[str] | Image.Image | Sequence[str | os.PathLike[str] | Image.Image],
+        top_k: int = 5,
+    ) -> list[list[Prediction]]:
+        """The ``top_k`` classes of each image, most likely first, with the label names that timm knows.
+
+        Images are paths or PIL images, prepared by the checkpoint's own data config (size, crop, mean, std).
+        """
+        expect(self.spec.num_classes > 0, InputError, "a model with a classifier to predict with", got="num_classes 0")
+        batch = self._predictor.prepare(images)
+        return self._predictor.top(self(batch.to(self.device)), top_k)
+
+    def warmup(self, batch: int = 1, img_size: tuple[int, int] | None = None) -> Runtime:
+        """Pack, plan and run once for a batch size, so that the first real call is as fast as the next."""
+        expect(batch >= 1, InputError, "a batch of at least one image", got=batch)
+        height, width = img_size or self.spec.img_size
+        self(torch.zeros(batch, self.spec.in_chans, height, width, device=self.device))
+        return self
+
+    def _checked(self, images: Tensor) -> Tensor:
+        spec = self.spec
+        expect(isinstance(images, Tensor), InputError, "images as a tensor [B, C, H, W]", got=type(images).__name__)
+        expect(images.dim() == 4, InputError, "images [B, C, H, W]", got=f"shape {tuple(images.shape)}")
+        expect(images.shape[0] >= 1, InputError, "at least one image", got=f"shape {tuple(images.shape)}")
+        expect(images.shape[1] == spec.in_chans, InputError, f"{spec.in_chans} channels", got=images.shape[1])
+        size = (images.shape[2], images.shape[3])
+        if spec.dynamic_img_size:
+            fits = all(s >= p for s, p in zip(size, spec.patch_size))
+            if not spec.dynamic_img_pad:
+                fits = fits and all(s % p == 0 for s, p in zip(size, spec.patch_size))
+            expect(fits, InputError, f"sides that are multiples of the patch size {spec.patch_size}", got=size)
+        else:
+            expect(
+                size == spec.img_size, InputError, f"images of {spec.img_size[0]} × {spec.img_size[1]} pixels", got=size
+            )
+        same = images.device.type == self.device.type and self.device.index in (None, images.device.index)
+        expect(same, InputError, f"images on {self.device} (use .to)", got=images.device)
+        accepted = {self.dtype, torch.float32}
+        wanted = " or ".join(sorted(str(d).removeprefix("torch.") for d in accepted))
+        expect(images.dtype in accepted, InputError, f"{wanted} images", got=images.dtype)
+        expect(
+            images.is_contiguous(),
+            InputError,
+            "contiguous NCHW images (use .contiguous())",
+            got=f"strides {images.stride()}",
+        )
+        # a sum over finite values may overflow but not be NaN for nothing: look closer only then
+        if self.check_nan and not bool(images.sum().isfinite()):
+            finite = bool(images.isfinite().all())
+            expect(finite, InputError, "finite pixel values", got="NaN or infinity in images")
+        return self._pad(images.detach().to(self.dtype))
+
+    def _pad(self, images: Tensor) -> Tensor:
+        if not self.spec.dynamic_img_pad:
+            return images
+        (p, q), (h, w) = self.spec.patch_size, images.shape[2:]
+        return F.pad(images, (0, -w % q, 0, -h % p)) if h % p or w % q else images
+
+
+def _as_pruned(model: str | os.PathLike[str] | nn.Module) -> PrunedViT:
+    if isinstance(model, PrunedViT):
+        return model
+    if isinstance(model, nn.Module):
+        return from_timm(model)
+    expect(
+        isinstance(model, str | os.PathLike), InputError, "a checkpoint directory or a model", got=type(model).__name__
+    )
+    return checkpoint.load(Path(model))

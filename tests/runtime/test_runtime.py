@@ -1,0 +1,206 @@
+"""The runtime computes what the module computes, on every backend of this machine, and says no by name."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from prunevit.errors import InputError
+from prunevit.runtime import Runtime
+from prunevit.runtime.plan import make_plan
+from prunevit_kernels import Target
+from tests.specs import SPECS, block, random_images, random_model, vit
+
+BACKENDS = ["torch", "cpu"]
+
+
+def difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SPECS)
+def test_computes_what_the_module_computes(name: str, backend: str) -> None:
+    spec = SPECS[name]
+    model, images = random_model(spec), random_images(spec)
+    with torch.no_grad():
+        want = model.double()(images.double())
+        eager = difference(model.float()(images), want)
+    got = Runtime(model, device="cpu", backend=backend)(images)
+    assert got.shape == want.shape
+    # at most twice eager's own error, and what folding rounds: a few units in the last place of the largest logit
+    assert difference(got, want) <= 2 * eager + 16 * torch.finfo(torch.float32).eps
+
+
+def test_runs_in_fp64_on_the_reference_ops() -> None:
+    spec = SPECS["every_head_its_own_width"]
+    model, images = random_model(spec).double(), random_images(spec)
+    got = Runtime(model, device="cpu", dtype=torch.float64)(images.double())
+    assert got.dtype == torch.float64
+    assert difference(got, model(images.double()).detach()) < 1e-6  # weights are rounded to fp32 once
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_sizes_share_weights_and_do_not_disturb_each_other(backend: str) -> None:
+    spec = SPECS["evit"]
+    runtime = Runtime(random_model(spec), device="cpu", backend=backend, max_programs=2)
+    images = random_images(spec, batch=5)
+    whole = runtime(images)
+    for size in (1, 2, 3, 5, 1):
+        torch.testing.assert_close(runtime(images[:size]), whole[:size], rtol=1e-5, atol=1e-5)
+    assert len(runtime._engine.programs) == 2
+    assert len(runtime._engine.packed) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outputs_belong_to_the_caller(backend: str) -> None:
+    spec = SPECS["uniform"]
+    runtime = Runtime(random_model(spec), device="cpu", backend=backend)
+    images = random_images(spec)
+    first = runtime(images)
+    kept = first.clone()
+    runtime(images * 2)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_threads_may_call_one_runtime(backend: str) -> None:
+    spec = SPECS["cp_vit_cascade"]
+    runtime = Runtime(random_model(spec), device="cpu", backend=backend)
+    inputs = [random_images(spec, batch=1 + i % 3, seed=i) for i in range(12)]
+    want = [runtime(images) for images in inputs]
+    got: dict[int, torch.Tensor] = {}
+
+    def work(worker: int) -> None:
+        for i in range(worker, len(inputs), 4):
+            got[i] = runtime(inputs[i])
+
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, expected in enumerate(want):
+        torch.testing.assert_close(got[i], expected)
+
+
+def test_training_the_model_further_does_not_reach_the_runtime() -> None:
+    spec = vit(block(), dynamic_img_size=True)
+    model, images = random_model(spec), random_images(spec)
+    runtime = Runtime(model, device="cpu")
+    before = runtime(images)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    larger = torch.nn.functional.pad(images, (0, 4))  # another size is planned only now
+    assert torch.equal(runtime(images), before)
+    assert runtime(larger).abs().max() > 0
+
+
+@pytest.mark.parametrize("size", [(12, 16), (20, 8), (32, 32)])
+@pytest.mark.parametrize("pad", [False, True], ids=["whole_patches", "padded"])
+def test_other_image_sizes_where_the_spec_allows_them(size: tuple[int, int], pad: bool) -> None:
+    spec = vit(block(), block(), dynamic_img_size=True, dynamic_img_pad=pad)
+    model = random_model(spec)
+    height, width = (size[0] - 1, size[1] - 2) if pad else size
+    images = torch.randn(2, 3, height, width) + 3
+    assert difference(Runtime(model, device="cpu")(images), model(images).detach()) < 1e-4
+
+
+def test_a_timm_model_runs_as_it_is() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5).eval()
+    images = torch.randn(2, 3, 32, 32) + 3
+    assert difference(Runtime(model, device="cpu")(images), model(images).detach()) < 1e-4
+
+
+def test_only_the_rows_that_are_read_are_computed() -> None:
+    spec = SPECS["uniform"]
+    plan = make_plan(spec, random_model(spec).state_dict(), Target("torch"))
+    n, last = spec.num_patches + 1, spec.blocks[-1]
+    rows_saved = (n - 1) * (last.v_dim * spec.embed_dim + 2 * last.mlp_dim * spec.embed_dim)
+    pairs_saved = (n - 1) * n * (sum(last.qk_dims) + last.v_dim)
+    assert plan.macs == spec.macs() - rows_saved - pairs_saved
+
+
+def test_a_plan_of_all_rows_counts_what_the_spec_counts() -> None:
+    spec = SPECS["average_pool_final_norm"]
+    plan = make_plan(spec, random_model(spec).state_dict(), Target("torch"))
+    assert plan.macs == spec.macs()
+
+
+GOOD = random_images(SPECS["uniform"])
+WRONG_INPUTS = {
+    "not_a_tensor": (np.zeros((1, 3, 12, 16), np.float32), r"images as a tensor.*got ndarray"),
+    "no_batch": (GOOD[0], r"images \[B, C, H, W\], got shape \(3, 12, 16\)"),
+    "empty_batch": (GOOD[:0], r"at least one image, got shape \(0, 3, 12, 16\)"),
+    "channels": (GOOD[:, :1].contiguous(), r"expected 3 channels, got 1"),
+    "size": (GOOD[..., :8].contiguous(), r"images of 12 × 16 pixels, got \(12, 8\)"),
+    "dtype": (GOOD.double(), r"expected float32 images, got torch.float64"),
+    "integers": ((GOOD * 9).to(torch.uint8), r"expected float32 images, got torch.uint8"),
+    "layout": (GOOD.to(memory_format=torch.channels_last), r"contiguous NCHW images .*got strides"),
+    "nan": (GOOD.clone().index_fill_(0, torch.tensor([1]), float("nan")), r"finite pixel values, got NaN"),
+    "infinity": (GOOD.clone().index_fill_(0, torch.tensor([1]), float("inf")), r"finite pixel values, got NaN or inf"),
+    "device": (GOOD.to("meta"), r"images on cpu .*got meta"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INPUTS)
+def test_a_wrong_input_is_refused_by_name(name: str) -> None:
+    images, message = WRONG_INPUTS[name]
+    runtime = Runtime(random_model(SPECS["uniform"]), device="cpu")
+    with pytest.raises(InputError, match=message):
+        runtime(images)
+
+
+def test_nan_checks_can_be_turned_off() -> None:
+    runtime = Runtime(random_model(SPECS["uniform"]), device="cpu", check_nan=False)
+    assert runtime(torch.full_like(GOOD, float("nan"))).isnan().all()
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="an NVIDIA GPU for device cuda"):
+        Runtime(random_model(SPECS["uniform"]), device="cuda")
+
+
+def test_a_missing_extension_is_a_warning_with_the_command_that_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunevit.runtime.backend.cpu_extension_built", lambda: False)
+    with pytest.warns(RuntimeWarning, match="setup.py build_ext --inplace"):
+        runtime = Runtime(random_model(SPECS["uniform"]), device="cpu")
+    assert runtime.backend == "torch"
+
+
+def test_predict_reads_paths_and_pictures_and_names_classes(tmp_path: object) -> None:
+    spec = vit(block(), img_size=(32, 32), num_classes=1000, embed_dim=16)
+    runtime = Runtime(random_model(spec), device="cpu")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
+    path = f"{tmp_path}/photo.png"
+    picture.save(path)
+    (from_path,), (from_picture,) = runtime.predict(path, top_k=3), runtime.predict([picture.convert("RGBA")], top_k=3)
+    assert from_path == from_picture
+    assert len(from_path) == 3
+    assert from_path[0].probability >= from_path[1].probability
+    assert "class" not in from_path[0].label  # ImageNet's own names
+
+
+def test_predict_refuses_what_is_no_image(tmp_path: object) -> None:
+    runtime = Runtime(random_model(SPECS["uniform"]), device="cpu")
+    path = f"{tmp_path}/notes.txt"
+    with open(path, "w") as file:
+        file.write("no image")
+    with pytest.raises(InputError, match="an image that Pillow reads"):
+        runtime.predict(path)
+    with pytest.raises(InputError, match="which is no file"):
+        runtime.predict(f"{tmp_path}/missing.png")
+    with pytest.raises(InputError, match="at least one image"):
+        runtime.predict([])
+
+
+def test_warmup_prepares_a_batch_size() -> None:
+    runtime = Runtime(random_model(SPECS["uniform"]), device="cpu").warmup(4)
+    assert (4, 12, 16) in runtime._engine.programs
