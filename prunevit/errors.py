@@ -31,6 +31,10 @@ class InputError(PrunevitError, ValueError):
     """An input to the runtime has the wrong type, shape, dtype, device or layout, or holds NaN."""
 
 
+class DataError(PrunevitError, ValueError):
+    """A data folder is missing or malformed, or does not fit the model."""
+
+
 class RuntimeMismatch(PrunevitError):
     """The runtime's outputs differ from the model's by more than rounding: nothing is saved or served."""
 
