@@ -63,6 +63,10 @@ class Runtime:
     def _make_plan(self, img_size: tuple[int, int]) -> Plan:
         return make_plan(self.spec, self._tensors, self.target, img_size, self._attn_pool)
 
+    def plan(self, img_size: tuple[int, int] | None = None) -> Plan:
+        """The steps that a call runs, at the spec's image size or another."""
+        return self._make_plan(img_size or self.spec.img_size)
+
     @property
     def backend(self) -> BackendName:
         return self.target.backend

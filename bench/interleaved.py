@@ -1,0 +1,116 @@
+"""Peers timed in turn, each in a process of its own.
+
+A machine's clock drifts, so no time is compared with one taken minutes later: in every round each peer runs for a
+moment, and what is quoted is the median over rounds of ratios within a round. A peer that is not running is stopped
+(SIGSTOP): the spinning threads of one library cannot slow another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).parent
+
+
+class PeerFailed(RuntimeError):
+    """A peer's process ended before it answered. The message has its last words."""
+
+
+@dataclass
+class Peer:
+    """One implementation of one job, in its own process; ``samples[r]`` are the milliseconds of round r."""
+
+    name: str
+    job: dict[str, Any]
+    samples: list[list[float]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def start(self, threads: int) -> None:
+        """Build the peer and leave it stopped. Raises :class:`PeerFailed`."""
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        command = [
+            sys.executable,
+            str(BENCH / "peers.py"),
+            json.dumps({**self.job, "impl": self.name, "threads": threads}),
+        ]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        )
+        self.facts = self._answer()
+        self._pause()
+
+    def round(self, seconds: float) -> None:
+        """Run for about ``seconds`` and note the times."""
+        os.kill(self.process.pid, signal.SIGCONT)
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{seconds}\n")
+        self.process.stdin.flush()
+        self.samples.append(self._answer()["ms"])
+        self._pause()
+
+    def stop(self) -> None:
+        """End the process."""
+        os.kill(self.process.pid, signal.SIGCONT)
+        self.process.terminate()
+        self.process.wait()
+
+    def _pause(self) -> None:
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        raise PeerFailed(f"{self.name}: {self.process.stderr.read().strip().splitlines()[-1:]}")
+
+    @property
+    def times(self) -> list[float]:
+        """All samples, sorted."""
+        return sorted(ms for samples in self.samples for ms in samples)
+
+    def quantile(self, q: float) -> float:
+        return self.times[min(int(q * len(self.times)), len(self.times) - 1)]
+
+
+def run_interleaved(
+    peers: Sequence[Peer],
+    *,
+    threads: int,
+    rounds: int = 9,
+    seconds: float = 0.4,
+    progress: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Build every peer, then let them run in turn; the order is reversed every other round."""
+    started: list[Peer] = []
+    try:
+        for peer in peers:
+            progress(f"building {peer.name}")
+            peer.start(threads)
+            started.append(peer)
+        for r in range(rounds):
+            progress(f"round {r + 1} of {rounds}")
+            for peer in peers if r % 2 == 0 else list(reversed(peers)):
+                peer.round(seconds)
+                time.sleep(0.01)
+    finally:
+        for peer in started:
+            peer.stop()
+
+
+def speedup(ours: Peer, other: Peer) -> float:
+    """How many times faster ``ours`` is: the median over rounds of the ratio of that round's medians."""
+    ratios = [statistics.median(b) / statistics.median(a) for a, b in zip(ours.samples, other.samples, strict=True)]
+    return statistics.median(ratios)
