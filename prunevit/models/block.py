@@ -64,30 +64,33 @@ class RaggedAttention(nn.Module):
         """x [B, N, in] -> [B, N, out]; with a ``rule``, also the tokens' scores [B, N] by it."""
         if self.qkv is None:
             return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
-        q, k, v = self.qkv(x).split([sum(self.qk_dims), sum(self.qk_dims), sum(self.v_dims)], dim=-1)
-        out: list[Tensor] = [x] * self.num_heads
-        scores = x.new_zeros(())
+        q, k, v = torch.split(self.qkv(x), [sum(self.qk_dims), sum(self.qk_dims), sum(self.v_dims)], dim=-1)
+        outs, scores = [], x.new_zeros(())
         for heads in self.groups:
-            qg, kg = (_heads_of(y, self.qk_dims, heads) for y in (q, k))
-            mask = attn_mask
-            if mask is not None and mask.dim() > 2 and mask.shape[-3] == self.num_heads > 1:
-                mask = mask[..., heads, :, :]
-            o = F.scaled_dot_product_attention(
-                qg,
-                kg,
-                _heads_of(v, self.v_dims, heads),
-                attn_mask=mask,
-                dropout_p=self.attn_drop if self.training else 0.0,
-                is_causal=is_causal,
-                scale=self.scale,  # the dense head's: 1/√Dqk would be another model
+            q_g, k_g, v_g = (
+                _heads_of(y, dims, heads) for y, dims in ((q, self.qk_dims), (k, self.qk_dims), (v, self.v_dims))
             )
+            per_head = attn_mask is not None and attn_mask.dim() > 2 and attn_mask.shape[-3] == self.num_heads > 1
+            mask = attn_mask[..., heads, :, :] if attn_mask is not None and per_head else attn_mask
+            outs.append(self._attend(q_g, k_g, v_g, mask, is_causal))
             if rule is not None:
-                scores = scores + attention_scores(qg, kg, self.scale, rule)
-            for head, o_h in zip(heads, o.unbind(1)) if len(self.groups) > 1 else ():
-                out[head] = o_h
-        y = torch.cat(out, dim=-1) if len(self.groups) > 1 else o.transpose(1, 2).flatten(2)
-        y = self.proj_drop(self.proj(y))
+                scores = scores + attention_scores(q_g, k_g, self.scale, rule)
+        y = self.proj_drop(self.proj(_merge(outs, self.groups)))
         return y if rule is None else (y, scores)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        dqk, dv = q.shape[-1], v.shape[-1]
+        # PyTorch's fused kernels want one width; without it they fall back to twice the time. Zeros change nothing.
+        q, k, v = (F.pad(y, (0, max(dqk, dv) - y.shape[-1])) if y.shape[-1] < max(dqk, dv) else y for y in (q, k, v))
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.attn_drop if self.training else 0.0,
+            is_causal=is_causal,
+            scale=self.scale,  # the dense head's: 1/√Dqk would be another model
+        )[..., :dv]
 
 
 def _heads_of(x: Tensor, dims: list[int], heads: list[int]) -> Tensor:
@@ -98,6 +101,14 @@ def _heads_of(x: Tensor, dims: list[int], heads: list[int]) -> Tensor:
         return x[..., start : start + width * len(heads)].reshape(*x.shape[:-1], len(heads), width).transpose(1, 2)
     columns = torch.split(x, dims, dim=-1)
     return torch.stack([columns[h] for h in heads], dim=1)
+
+
+def _merge(outs: list[Tensor], groups: list[list[int]]) -> Tensor:
+    """[B, H, N, Dv] of each group -> [B, N, Σ Dv], heads in order."""
+    if len(outs) == 1:
+        return outs[0].transpose(1, 2).flatten(2)
+    columns = {head: o_h for heads, o in zip(groups, outs) for head, o_h in zip(heads, o.unbind(1))}
+    return torch.cat([columns[head] for head in sorted(columns)], dim=-1)
 
 
 class Block(nn.Module):
@@ -129,7 +140,9 @@ class Block(nn.Module):
         self.rule = selections[0].rule if scored else None
         for name in ("attn_reads", "attn_writes", "mlp_reads", "mlp_writes"):
             channels = getattr(block, name)
-            self.register_buffer(name, None if channels is None else torch.tensor(channels), persistent=False)
+            # on the CPU whatever the device context: a module built without memory still has its indices
+            buffer = None if channels is None else torch.tensor(channels, device="cpu")
+            self.register_buffer(name, buffer, persistent=False)
 
         def size(channels: Channels | None) -> int:
             return spec.embed_dim if channels is None else len(channels)

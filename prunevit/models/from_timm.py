@@ -24,8 +24,9 @@ def from_timm(model: nn.Module) -> PrunedViT:
     """
     spec = spec_of(model)
     weight = model.get_parameter("patch_embed.proj.weight")
-    pruned = PrunedViT(spec, device=weight.device, dtype=weight.dtype)
-    pruned.load_state_dict(model.state_dict())
+    pruned = PrunedViT(spec, device="meta")  # no memory and no initialisation: every tensor is the model's, copied
+    pruned.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    pruned.to(weight.device)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     pruned.pretrained_cfg = {key: value for key, value in cfg.items() if key != "state_dict"}
     name = cfg.get("architecture")

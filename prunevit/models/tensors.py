@@ -1,0 +1,61 @@
+"""The tensors that a spec calls for, checked against those of an untrusted file before anything large is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..spec import ViTSpec
+from .vit import PrunedViT
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def expected_shapes(spec: ViTSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a spec's state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in PrunedViT(spec, device="meta").state_dict().items()}
+
+
+def check_file(spec: ViTSpec, path: Path) -> None:
+    """Raise :class:`CheckpointError` unless a safetensors file holds a spec's tensors. Reads its header only."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected a file, got none; only safetensors weights are read")
+    size, params = path.stat().st_size, spec.params()
+    if size < 2 * params:
+        raise CheckpointError(f"{path}: expected at least {2 * params} bytes for {params} parameters, got {size}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: expected a safetensors file, got {error}") from None
+    check_shapes(spec, shapes, str(path))
+    for name, dtype in dtypes.items():
+        first = next(iter(dtypes.values()))
+        if dtype not in FLOATS or dtype != first:
+            raise CheckpointError(f"{path}: {name}: expected one of {', '.join(FLOATS)}, the same for all, got {dtype}")
+
+
+def check_shapes(spec: ViTSpec, found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise :class:`CheckpointError` where names or shapes are not those of the spec."""
+    expected = expected_shapes(spec)
+    for name in expected.keys() - found.keys():
+        raise CheckpointError(f"{where}: {name}: expected a tensor {list(expected[name])}, which is missing")
+    for name in found.keys() - expected.keys():
+        raise CheckpointError(f"{where}: {name}: expected no such tensor of this spec, got {list(found[name])}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CheckpointError(f"{where}: {name}: expected shape {list(shape)}, got {list(found[name])}")
+
+
+def check_finite(name: str, tensor: Tensor, where: str) -> Tensor:
+    """Raise :class:`CheckpointError` for NaN or infinite weights."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{where}: {name}: expected finite weights, got NaN or infinity")
+    return tensor
