@@ -1,0 +1,64 @@
+"""Surgery: the compact module of a dense one and a plan. Every kept weight is copied, none is multiplied by zero."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PruningError, expect
+from ..models import PrunedViT, from_timm
+from .groups import Atoms
+from .plan import Plan, same_shape
+
+_NORM_WEIGHT = re.compile(r"(^|\.)(norm|norm1|norm2|norm_pre|fc_norm)\.weight$")
+
+
+def as_pruned(model: nn.Module) -> PrunedViT:
+    """A PrunedViT as it is, or a timm model converted. Raises :class:`UnsupportedModel`."""
+    return model if isinstance(model, PrunedViT) else from_timm(model)
+
+
+def compact(model: nn.Module, plan: Plan) -> PrunedViT:
+    """The module that a plan leaves, on the model's device and in its dtype; ``model`` is left as it is.
+
+    Its ``plan`` maps to the indices of the first dense model, through however many plans. The softmax scale stays the
+    dense head's. Raises :class:`PruningError` where the plan was made for another shape.
+    """
+    dense = as_pruned(model)
+    fits = same_shape(dense.spec, plan.dense)
+    expect(fits, PruningError, "a plan made for a model of this shape", got=f"one of width {plan.dense.embed_dim}")
+    left = plan.spec()
+    weights = dense.state_dict()
+    like = dense.pos_embed
+    small = PrunedViT(
+        dense.spec.replace(embed_dim=left.embed_dim, blocks=left.blocks), device=like.device, dtype=like.dtype
+    )
+    kept = dict(kept_indices(plan))
+    gains = set(norm_weights(plan))
+    state = {}
+    for name in small.state_dict():
+        weight = weights[name]
+        for axis, index in enumerate(kept.get(name, ())):
+            if index is not None:
+                weight = weight.index_select(axis, index.to(weight.device))
+        state[name] = weight * plan.norm_gain if name in gains else weight
+    small.load_state_dict(state)
+    before = None if dense.plan is None else Plan.from_dict(dense.plan)
+    small.plan = (plan if before is None else before.then(plan)).to_dict()
+    small.provenance, small.pretrained_cfg = dict(dense.provenance), dict(dense.pretrained_cfg)
+    return small.train(dense.training)
+
+
+def kept_indices(plan: Plan) -> Iterator[tuple[str, tuple[Tensor | None, ...]]]:
+    """For each prunable parameter, which indices of each axis are kept (None: all)."""
+    kept = plan.kept_atoms()
+    for name, axes in Atoms.of(plan.dense).axes().items():
+        yield name, tuple(None if ids is None else torch.nonzero(kept[ids]).squeeze(1) for ids in axes)
+
+
+def norm_weights(plan: Plan) -> Iterator[str]:
+    """The names of the LayerNorm weights over the residual stream."""
+    return (name for name in Atoms.of(plan.dense).axes() if _NORM_WEIGHT.search(name))
