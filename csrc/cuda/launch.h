@@ -1,0 +1,44 @@
+// The launches, one function a kernel family. Each instantiation set is a translation unit of its own, so that they
+// compile in parallel.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "plan.h"
+
+namespace prunevit::mlp {
+
+inline void check(cudaError_t status, const char* call, const Plan& plan, const Shape& shape) {
+    if (status == cudaSuccess) return;
+    throw std::runtime_error(std::string("fused_mlp kernel '") + name_of(plan.kernel) + "', " + describe(shape) + ": " +
+                             call + " failed: " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
+}
+
+// One launch waiting for its arguments and its stream.
+struct Launch {
+    const void* kernel;
+    dim3 grid;
+    int threads;
+    int shared;
+};
+
+inline void prepare(const Launch& launch, const Plan& plan, const Shape& shape) {
+    check(cudaFuncSetAttribute(launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared),
+          "cudaFuncSetAttribute", plan, shape);
+}
+
+inline void start(const Launch& launch, const Arguments& arguments, const Plan& plan, cudaStream_t stream) {
+    void* given[] = {const_cast<Arguments*>(&arguments)};
+    check(cudaLaunchKernel(launch.kernel, launch.grid, dim3(launch.threads), given, launch.shared, stream),
+          "cudaLaunchKernel", plan, arguments.shape);
+}
+
+Launch fused_launch(Dtype dtype, const Shape& shape, const Plan& plan);
+Launch reduce_launch(Dtype dtype, const Shape& shape);
+Launch expand_launch(Dtype dtype, const Shape& shape, const Plan& plan);
+Launch contract_launch(Dtype dtype, const Shape& shape, const Plan& plan);
+
+}  // namespace prunevit::mlp

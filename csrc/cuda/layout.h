@@ -1,0 +1,130 @@
+// Where every element lies: packed weights, shared tiles, fragments. Plain constexpr arithmetic for host and device.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define PRUNEVIT_BOTH __host__ __device__
+#else
+#define PRUNEVIT_BOTH
+#endif
+
+namespace prunevit::mlp {
+
+PRUNEVIT_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+PRUNEVIT_BOTH constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+// The tensor core multiplies 16 × 16 by 16 × 8: K and F count in units of 16, and so does N, two n-tiles at a time.
+constexpr int kUnit = 16;
+// Tiles are cut into panels of 64 columns, 128 bytes a row: one swizzle span of ldmatrix and of wgmma alike.
+constexpr int kPanel = 64;
+constexpr int kRowBytes = 2 * kPanel;
+constexpr int kPieceBytes = 16;                      // one asynchronous copy, one ldmatrix row
+constexpr int kPieces = kRowBytes / kPieceBytes;     // pieces of a panel row
+constexpr int kPieceColumns = kPieceBytes / 2;
+
+// One chunk of the hidden width is one panel of fc2's K.
+constexpr int kChunk = kPanel;
+
+// Byte offset of a piece inside a panel. The exclusive-or puts the eight rows that ldmatrix or a tensor core reads
+// together into eight different bank groups; it is the hardware's 128-byte swizzle.
+PRUNEVIT_BOTH constexpr int piece_offset(int row, int piece) {
+    return row * kRowBytes + ((piece ^ (row & 7)) * kPieceBytes);
+}
+
+// Byte offset of an element in a tile of `rows` rows: panels one after another.
+PRUNEVIT_BOTH constexpr int element_offset(int rows, int row, int column) {
+    return column / kPanel * rows * kRowBytes + piece_offset(row, column % kPanel / kPieceColumns) +
+           column % kPieceColumns * 2;
+}
+
+// M, E, K (channels that fc1 reads), F, N (channels that fc2 writes).
+struct Shape {
+    int rows, embed, in, hidden, out;
+
+    PRUNEVIT_BOTH constexpr int in_steps() const { return ceil_div(in, kUnit); }
+    PRUNEVIT_BOTH constexpr int in_panels() const { return ceil_div(in, kPanel); }
+    PRUNEVIT_BOTH constexpr int hidden_padded() const { return round_up(hidden, kUnit); }
+    PRUNEVIT_BOTH constexpr int chunks() const { return ceil_div(hidden, kChunk); }
+    PRUNEVIT_BOTH constexpr int out_units() const { return ceil_div(out, kUnit); }
+    PRUNEVIT_BOTH constexpr int out_padded() const { return round_up(out, kUnit); }
+    // Units of 16 hidden columns that chunk c really has.
+    PRUNEVIT_BOTH constexpr int chunk_units(int c) const {
+        const int left = (hidden_padded() - c * kChunk) / kUnit;
+        return left < kChunk / kUnit ? left : kChunk / kUnit;
+    }
+};
+
+// Packed weights are images of shared memory, swizzled already, so that a copy is linear whoever makes it.
+// fc1: [chunk][panel of K][64 hidden rows][64 columns of K]; fc2: [chunk][out_padded rows][64 hidden columns].
+PRUNEVIT_BOTH constexpr int64_t w1_panel_bytes() { return int64_t{kChunk} * kRowBytes; }
+PRUNEVIT_BOTH constexpr int64_t w1_chunk_bytes(const Shape& s) { return s.in_panels() * w1_panel_bytes(); }
+PRUNEVIT_BOTH constexpr int64_t w2_chunk_bytes(const Shape& s) { return int64_t{s.out_padded()} * kRowBytes; }
+
+PRUNEVIT_BOTH constexpr int64_t w1_element(const Shape& s, int hidden, int in) {
+    return hidden / kChunk * w1_chunk_bytes(s) + element_offset(kChunk, hidden % kChunk, in);
+}
+PRUNEVIT_BOTH constexpr int64_t w2_element(const Shape& s, int out, int hidden) {
+    return hidden / kChunk * w2_chunk_bytes(s) + element_offset(s.out_padded(), out, hidden % kChunk);
+}
+
+// Fragments of mma.m16n8k16, by lane. The same maps serve each warp of a wgmma m64.
+struct Place {
+    int row, column;
+};
+// Two neighbouring 16-bit values, register i of 4, of A.
+PRUNEVIT_BOTH constexpr Place a_place(int lane, int i) { return {lane / 4 + i % 2 * 8, lane % 4 * 2 + i / 2 * 8}; }
+// Two values next to each other in K, register i of 2, of B: row is n, column is k.
+PRUNEVIT_BOTH constexpr Place b_place(int lane, int i) { return {lane / 4, lane % 4 * 2 + i * 8}; }
+// fp32 value i of 4 of the accumulator.
+PRUNEVIT_BOTH constexpr Place c_place(int lane, int i) { return {lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2}; }
+
+// The row and the piece that a lane names to ldmatrix.x4, within a 16 × 16 block whose rows are contiguous in K.
+PRUNEVIT_BOTH constexpr Place a_address(int lane) { return {lane % 16, lane / 16}; }
+PRUNEVIT_BOTH constexpr Place b_address(int lane) { return {lane % 8 + lane / 16 * 8, lane / 8 % 2}; }
+
+// A block of mma.sync kernels: eight warps, two along the rows and four along the columns.
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kWarpsAlongColumns = 4;
+PRUNEVIT_BOTH constexpr int warp_row(int warp) { return warp / kWarpsAlongColumns; }
+PRUNEVIT_BOTH constexpr int warp_column(int warp) { return warp % kWarpsAlongColumns; }
+
+// fp32 rows of a staged epilogue: the four extra words put neighbouring rows into different banks.
+PRUNEVIT_BOTH constexpr int stage_pitch(int columns) { return columns + 4; }
+
+// Chunks of split `index` of `splits`: as even as whole chunks allow, none empty while splits <= chunks.
+struct Range {
+    int begin, end;
+};
+PRUNEVIT_BOTH constexpr Range split_range(int chunks, int splits, int index) {
+    return {static_cast<int>(int64_t{chunks} * index / splits), static_cast<int>(int64_t{chunks} * (index + 1) / splits)};
+}
+
+// Shared memory of the one-launch kernel on mma.sync. Offsets are multiples of 128.
+struct FusedShared {
+    int x, w1, w2, hidden, bytes;
+};
+PRUNEVIT_BOTH constexpr FusedShared fused_shared(int tile_rows, const Shape& s) {
+    FusedShared at{};
+    at.w1 = tile_rows * s.in_panels() * kRowBytes;
+    at.w2 = at.w1 + static_cast<int>(w1_chunk_bytes(s));
+    at.hidden = at.w2 + static_cast<int>(w2_chunk_bytes(s));
+    const int loop = at.hidden + tile_rows * kRowBytes;
+    const int stage = tile_rows * stage_pitch(s.out_padded()) * 4;
+    at.bytes = loop > stage ? loop : stage;
+    return at;
+}
+
+// Shared memory of each of the two GEMMs: a ring of (A, B) panels, then the statistics of the tile's rows.
+constexpr int kGemmColumns = 128;
+constexpr int kGemmStages = 3;
+PRUNEVIT_BOTH constexpr int gemm_stage_bytes(int tile_rows) { return (tile_rows + kGemmColumns) * kRowBytes; }
+PRUNEVIT_BOTH constexpr int gemm_shared_bytes(int tile_rows) {
+    const int ring = kGemmStages * gemm_stage_bytes(tile_rows);
+    const int stage = tile_rows * stage_pitch(kGemmColumns) * 4;
+    return (ring > stage ? ring : stage) + tile_rows * 2 * 4;
+}
+
+}  // namespace prunevit::mlp

@@ -1,0 +1,141 @@
+"""fused_mlp in CUDA C++: the hidden activations never reach device memory where a single kernel serves."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .._expect import matrix_of
+from ..target import Launch, PackedOp, Target
+from . import FusedMlp
+
+PANEL = 64  # columns of a panel, and of a chunk of the hidden width: csrc/cuda/layout.h
+UNIT = 16
+KERNEL_VARIABLE = "PRUNEVIT_MLP_KERNEL"
+BUILD_COMMAND = "pip install --no-build-isolation -e ."
+
+
+def round_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def swizzled(panels: Tensor) -> Tensor:
+    """[..., rows, 64] with the eight pieces of eight columns of row r where ``piece ^ r % 8`` says."""
+    rows = panels.shape[-2]
+    pieces = torch.arange(8, device=panels.device) ^ torch.arange(rows, device=panels.device)[:, None] % 8
+    split = panels.unflatten(-1, (8, 8))
+    return split.gather(-2, pieces[..., None].expand(split.shape)).flatten(-2).contiguous()
+
+
+def padded(tensor: Tensor, *sizes: int) -> Tensor:
+    """Zeros after the end of each dimension, up to ``sizes``."""
+    out = tensor.new_zeros(sizes)
+    out[tuple(slice(size) for size in tensor.shape)] = tensor
+    return out
+
+
+def pack_w1(w1: Tensor) -> Tensor:
+    """[F, K] -> [chunks, panels of K, 64, 64], as shared memory holds them."""
+    hidden, in_dim = w1.shape
+    square = padded(w1, round_up(hidden, PANEL), round_up(in_dim, PANEL))
+    return swizzled(square.unflatten(0, (-1, PANEL)).unflatten(-1, (-1, PANEL)).transpose(1, 2))
+
+
+def pack_w2(w2: Tensor) -> Tensor:
+    """[N, F] -> [chunks, N up to 16s, 64], as shared memory holds them."""
+    out_dim, hidden = w2.shape
+    square = padded(w2, round_up(out_dim, UNIT), round_up(hidden, PANEL))
+    return swizzled(square.unflatten(-1, (-1, PANEL)).transpose(0, 1))
+
+
+class PackedWeights:
+    """Weights in the layout of csrc/cuda/layout.h, zeros wherever a tile is larger than the matrix."""
+
+    def __init__(self, op: FusedMlp, device: torch.device, dtype: torch.dtype) -> None:
+        def vector(values: Tensor | None, fill: float, size: int, unit: int) -> Tensor:
+            filled = torch.full((size,), fill) if values is None else values.detach().float().cpu()
+            return padded(filled, round_up(size, unit)).to(device)
+
+        def channels(listed: Sequence[int] | None) -> Tensor | None:
+            return None if listed is None else torch.tensor(listed, dtype=torch.int32, device=device)
+
+        out_dim, hidden = op.w2.shape
+        self.w1 = pack_w1(op.w1.detach().to(device, dtype))
+        self.w2 = pack_w2(op.w2.detach().to(device, dtype))
+        self.b1 = vector(op.b1, 0.0, hidden, PANEL)
+        self.b2 = vector(op.b2, 0.0, out_dim, UNIT)
+        self.gamma = vector(op.gamma, 1.0, out_dim, UNIT)
+        self.reads, self.writes = channels(op.reads), channels(op.writes)
+
+    def buffers(self) -> dict[str, Tensor]:
+        named = {name: getattr(self, name) for name in ("w1", "w2", "b1", "b2", "gamma", "reads", "writes")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def padding(self, op: FusedMlp) -> int:
+        """Bytes of packed weights that are zeros for the tiles' sake."""
+        return (self.w1.numel() - op.w1.numel() + self.w2.numel() - op.w2.numel()) * self.w1.element_size()
+
+
+def _memory(tensor: Tensor | None) -> tuple[int, int] | None:
+    return None if tensor is None else (tensor.data_ptr(), tensor.nbytes)
+
+
+class _Packed:
+    def __init__(self, extension: ModuleType, op: FusedMlp, target: Target) -> None:
+        self.extension, self.op, self.target = extension, op, target
+        self.weights = PackedWeights(op, target.device, target.dtype)
+
+    def bind(self, x: Tensor) -> Launch:
+        from .._launch import scratch_for
+
+        op, native = self.op, self.extension
+        op.check(self.target, x)
+        rows, pitch = matrix_of("x", x)
+        shape = native.Shape(rows, op.embed_dim, op.w1.shape[1], op.hidden_dim, op.w2.shape[0])
+        device = x.get_device()
+        plan = native.Plan(shape, native.Device.of(device), os.environ.get(KERNEL_VARIABLE))
+        workspace = scratch_for(x, (plan.workspace_bytes,), torch.uint8) if plan.workspace_bytes else None
+        weights = {name: _memory(getattr(self.weights, name)) for name in ("w1", "w2", "b1", "b2", "gamma")}
+        lists = {name: _memory(getattr(self.weights, name)) for name in ("reads", "writes")}
+        mlp = native.Mlp(
+            plan,
+            shape,
+            str(self.target.dtype).removeprefix("torch."),
+            op.act,
+            op.eps,
+            native.Weights(**weights, **lists),
+            (x.data_ptr(), pitch),
+            _memory(workspace),
+            device,
+        )
+        # whoever holds the launch holds every buffer that it reads or writes
+        return partial(_launch, mlp, device, (self.weights, x, workspace))
+
+
+def _launch(mlp: object, device: int, held: object) -> None:
+    mlp.launch(torch.cuda.current_stream(device).cuda_stream)  # type: ignore[attr-defined]
+
+
+def pack(op: FusedMlp, target: Target) -> PackedOp:
+    """The CUDA extension's kernels; the Triton pair, with a warning, where the extension is not built."""
+    try:
+        extension = import_module("prunevit_kernels._cuda")
+    except ModuleNotFoundError as missing:
+        if missing.name != "prunevit_kernels._cuda":
+            raise
+        warnings.warn(
+            "prunevit_kernels._cuda is not built: fused_mlp runs as two Triton kernels. "
+            f"With CUDA's nvcc on PATH, build it: {BUILD_COMMAND}",
+            stacklevel=2,
+        )
+        from . import _triton
+
+        return _triton.pack(op, target)
+    return _Packed(extension, op, target)

@@ -1,0 +1,90 @@
+"""prunevit_kernels._cuda: what nvcc compiles, for which GPUs, and how it is linked. setup.py calls this.
+
+nvcc compiles and links everything, so that it finds its own headers and the static runtime. ``PRUNEVIT_CUDA_ARCHS``
+names the GPUs: ``80;90a`` where it is not set, "" for a build without CUDA.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+SOURCES = ROOT / "csrc" / "cuda"
+BINDINGS = ROOT / "csrc" / "bindings_cuda.cpp"
+OBJECTS = ROOT / "build" / "cuda"
+NAME = "prunevit_kernels._cuda"
+FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+ONLY_FOR = {"fused_wgmma.cu": "90a"}
+
+
+def find_nvcc() -> str | None:
+    """nvcc as $CUDA_HOME, PATH or the usual place has it."""
+    homes = [home for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    found = [shutil.which("nvcc", path=f"{home}/bin") for home in homes[:-1]]
+    return next(filter(None, [*found, shutil.which("nvcc"), shutil.which("nvcc", path=f"{homes[-1]}/bin")]), None)
+
+
+def architectures() -> list[str]:
+    return [arch for arch in os.environ.get("PRUNEVIT_CUDA_ARCHS", "80;90a").replace(",", ";").split(";") if arch]
+
+
+def wanted() -> bool:
+    """Whether the extension can be built here. Says why where it cannot."""
+    if not architectures():
+        print(f"{NAME}: not built, PRUNEVIT_CUDA_ARCHS is empty")
+        return False
+    if find_nvcc() is None:
+        print(f"{NAME}: not built, no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
+        return False
+    return True
+
+
+def gencodes(archs: list[str]) -> list[str]:
+    """Machine code for each; the first also as PTX, which the driver compiles for GPUs newer than all of them."""
+    codes = {arch: f"sm_{arch}" for arch in archs}
+    plain = next((arch for arch in archs if arch.isdigit()), None)
+    if plain is not None:
+        codes[plain] = f"[sm_{plain},compute_{plain}]"
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes.items()]
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+
+
+def compile_objects(folder: Path = OBJECTS) -> list[Path]:
+    """Compile what has changed, as many sources at a time as there are cores."""
+    nvcc, archs = find_nvcc(), architectures()
+    if nvcc is None:
+        raise RuntimeError("nvcc is not on PATH, in CUDA_HOME or in /usr/local/cuda")
+    folder.mkdir(parents=True, exist_ok=True)
+    changed = max(path.stat().st_mtime for path in (Path(__file__), *SOURCES.glob("*.h"), *SOURCES.glob("*.cuh")))
+
+    def compile_one(source: Path) -> Path:
+        own = [arch for arch in archs if ONLY_FOR.get(source.name, arch) == arch]
+        built = folder / f"{source.stem}.{'_'.join(own)}.o"
+        if not built.exists() or built.stat().st_mtime < max(changed, source.stat().st_mtime):
+            run([nvcc, *FLAGS, *gencodes(own), "-c", str(source), "-o", str(built)])
+        return built
+
+    sources = [path for path in sorted(SOURCES.glob("*.cu")) if ONLY_FOR.get(path.name, archs[0]) in archs]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        return list(threads.map(compile_one, sources))
+
+
+def build(target: Path, includes: list[str]) -> None:
+    """The extension, at ``target``. ``includes`` are Python's and pybind11's headers."""
+    nvcc = find_nvcc()
+    objects = compile_objects()
+    bindings = OBJECTS / "bindings.o"
+    wgmma = ["-DPRUNEVIT_WGMMA"] if "90a" in architectures() else []
+    headers = [f"-I{path}" for path in includes]
+    run([str(nvcc), *FLAGS, *wgmma, *headers, "-c", str(BINDINGS), "-o", str(bindings)])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    run([str(nvcc), "-shared", "-cudart", "static", "-o", str(target), str(bindings), *map(str, objects)])

@@ -1,0 +1,153 @@
+"""fused_mlp's CUDA kernels, unchanged, on a CPU: what they compute, what they write, and that they stay in bounds.
+
+Two rules. The project's: as good as eager, both against fp64. And a closer one, since a residual of mean 3 leaves the
+first room to hide a lost hidden unit in: against fp64 with the two roundings that any such kernel makes (LN's output
+and the activations), only the rounding of the result is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from prunevit_kernels import FusedMlp
+from prunevit_kernels.fused_mlp.reference import ACTIVATIONS
+from torch import Tensor
+
+from tests.kernels.cuda.emulation import H100, ONE_SM, RTX_4090, Gpu, draw, emulate
+from tests.kernels.half_precision import assert_as_good_as_eager, eager_of, rounded, same_bits
+
+GUARD = 40
+TWO_SMS = Gpu(90, 2, 227 * 1024)
+
+
+def mirrored(op: FusedMlp, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp64 but for the values that a kernel keeps in 16 bits."""
+    normed = F.layer_norm(x, x.shape[-1:], eps=op.eps).to(dtype).double()
+    normed = normed if op.reads is None else normed[..., list(op.reads)]
+    hidden = ACTIVATIONS[op.act](F.linear(normed, op.w1, op.b1)).to(dtype).double()
+    update = F.linear(hidden, op.w2, op.b2) * (1 if op.gamma is None else op.gamma)
+    out = x.clone()
+    out[..., list(op.writes or range(op.embed_dim))] += update
+    return out
+
+
+def check(
+    emulator: Path,
+    tmp_path: Path,
+    op: FusedMlp,
+    rows: int,
+    *,
+    dtype: torch.dtype = torch.float16,
+    kernel: str | None,
+    gpu: Gpu = ONE_SM,
+    pitch: int | None = None,
+) -> str:
+    """Run op on `rows` rows between guard bands of NaN and hold it to both rules. Returns the plan that ran."""
+    op = rounded(op, dtype)
+    pitch = pitch or -(-op.embed_dim // 8) * 8 + 8
+    generator = torch.Generator().manual_seed(rows)
+    values = (torch.randn(rows, op.embed_dim, generator=generator, dtype=torch.float64) + 3).to(dtype)
+    storage = torch.full((GUARD + rows * pitch + GUARD,), math.nan, dtype=dtype)
+    view = storage.as_strided((rows, op.embed_dim), (pitch, 1), GUARD)
+    view.copy_(values)
+    extent = (rows - 1) * pitch + op.embed_dim
+    memory, plan = emulate(emulator, tmp_path, op, view, kernel=kernel, gpu=gpu, wide=pitch % 8 == 0)
+    assert memory.numel() == extent
+    after = torch.full_like(storage, math.nan)
+    after[GUARD : GUARD + extent] = memory
+    ours = after.as_strided(view.shape, view.stride(), GUARD).clone()
+
+    truth, eager = values.double(), values.clone()
+    op.reference(truth)
+    eager_of(op, dtype).reference(eager)
+    assert_as_good_as_eager(ours.double(), eager.double(), truth, dtype)
+    eps = torch.finfo(dtype).eps
+    near = mirrored(op, values.double(), dtype)
+    excess = (ours.double() - near).abs() - 0.51 * eps * near.abs()
+    assert excess.max().item() <= 2 * eps, f"off by {excess.max().item():.3g} more than rounding explains"
+    if op.writes is not None:
+        kept = [c for c in range(op.embed_dim) if c not in op.writes]
+        assert same_bits(ours[:, kept].contiguous(), values[:, kept].contiguous())
+    after.as_strided(view.shape, view.stride(), GUARD).copy_(values)
+    assert same_bits(after, storage), "wrote between or beside the rows"
+    return plan
+
+
+SHAPES = {
+    "snp_deit_tiny.block11": (153, 383),
+    "snp_deit_small.block7": (307, 921),
+    "snp_deit_small_1g3.block3": (345, 307),
+    "savit_deit_base.block0": (483, 1276),
+    "one_hidden_unit": (153, 1),
+    "one_channel": (1, 5),
+    "seventeen_by_sixteen": (17, 16),
+    "a_multiple_of_everything": (128, 128),
+    "one_more_than_everything": (129, 129),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kernel", ["fused", "split", "two_gemms"])
+def test_every_kernel_on_every_shape(emulator: Path, tmp_path: Path, shape: str, kernel: str) -> None:
+    embed, hidden = SHAPES[shape]
+    gpu = H100 if kernel == "split" else ONE_SM
+    plan = check(emulator, tmp_path, draw(embed, hidden), 35, kernel=kernel, gpu=gpu)
+    assert plan.startswith(kernel)
+    if kernel == "split" and hidden > 64:
+        assert "splits=1 " not in plan
+
+
+@pytest.mark.parametrize("kernel", ["fused", "split", "two_gemms"])
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 64, 65, 127, 129, 197])
+def test_row_tails(emulator: Path, tmp_path: Path, kernel: str, rows: int) -> None:
+    check(emulator, tmp_path, draw(37, 83), rows, kernel=kernel, gpu=H100 if kernel == "split" else ONE_SM)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "embed", "rows", "gpu", "instance"),
+    [
+        ("fused", 153, 140, ONE_SM, "mt=4 nu=3"),
+        ("fused", 153, 70, TWO_SMS, "mt=2 nu=3"),
+        ("fused", 307, 70, TWO_SMS, "mt=2 nu=6"),
+        ("fused", 483, 70, TWO_SMS, "mt=2 nu=8"),
+        ("fused", 153, 70, H100, "mt=1 nu=8"),
+        ("split", 483, 40, H100, "mt=1 nu=8"),
+        ("two_gemms", 307, 260, ONE_SM, "mt=4"),
+        ("two_gemms", 307, 70, RTX_4090, "mt=2"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_instance(
+    emulator: Path, tmp_path: Path, dtype: torch.dtype, kernel: str, embed: int, rows: int, gpu: Gpu, instance: str
+) -> None:
+    assert instance in check(emulator, tmp_path, draw(embed, 100), rows, dtype=dtype, kernel=kernel, gpu=gpu)
+
+
+@pytest.mark.parametrize("kernel", ["fused", "split", "two_gemms"])
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu", "relu"])
+def test_activations(emulator: Path, tmp_path: Path, kernel: str, act: str) -> None:
+    check(emulator, tmp_path, draw(48, 96, act=act), 33, kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["fused", "split", "two_gemms"])
+def test_lists_of_channels_and_layer_scale(emulator: Path, tmp_path: Path, kernel: str) -> None:
+    order = torch.randperm(153, generator=torch.Generator().manual_seed(0)).tolist()
+    op = draw(153, 77, reads=tuple(order[:90]), writes=tuple(order[40:141]), gamma=True)
+    check(emulator, tmp_path, op, 35, kernel=kernel, gpu=H100 if kernel == "split" else ONE_SM)
+
+
+@pytest.mark.parametrize("kernel", ["fused", "split", "two_gemms"])
+def test_rows_that_no_wide_copy_can_read(emulator: Path, tmp_path: Path, kernel: str) -> None:
+    check(emulator, tmp_path, draw(37, 70, biases=False), 35, kernel=kernel, pitch=37)
+
+
+def test_two_gemms_have_no_limit_on_the_embedding(emulator: Path, tmp_path: Path) -> None:
+    check(emulator, tmp_path, draw(1111, 130), 33, kernel=None)
+
+
+def test_a_split_of_two_gemms(emulator: Path, tmp_path: Path) -> None:
+    assert "splits=5" in check(emulator, tmp_path, draw(600, 600), 33, kernel="two_gemms", gpu=Gpu(90, 25, 99 * 1024))
