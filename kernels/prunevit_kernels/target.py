@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
 from ._expect import expect
+
+if TYPE_CHECKING:
+    from .tuning import Tuning
 
 BackendName = Literal["torch", "cpu", "cuda"]
 BACKENDS: tuple[BackendName, ...] = ("torch", "cpu", "cuda")
@@ -26,13 +30,15 @@ class Target:
     """A backend with the device and dtype that it runs in.
 
     ``torch``: the reference ops, any device and floating dtype. ``cpu``: the C++ kernels, fp32, on ``threads``
-    threads of their own. ``cuda``: Triton and CUDA kernels, fp16 or bf16, sm_80 and newer.
+    threads of their own. ``cuda``: Triton and CUDA kernels, fp16 or bf16, sm_80 and newer, with tile sizes from
+    ``tuning`` where it has them.
     """
 
     backend: BackendName
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    tuning: Tuning | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         expect(self.backend in BACKENDS, "a backend", got=self.backend, want=BACKENDS)
@@ -49,6 +55,13 @@ class Target:
     def alignment(self) -> int:
         """Columns between the starts of slices in a packed row: 16-byte copies on a GPU, no padding elsewhere."""
         return 8 if self.backend == "cuda" else 1
+
+    @cached_property
+    def pool(self) -> Any:
+        """The threads of the cpu backend. Whatever is packed for one Target object shares them and takes turns."""
+        from .cpu import new_pool  # the extension is loaded only by who runs on it
+
+        return new_pool(self.threads)
 
     def pitch(self, width: int) -> int:
         """Elements from one row of a buffer to the next: a multiple of 8 on a GPU, of a cache line on a CPU."""

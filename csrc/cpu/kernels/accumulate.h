@@ -1,0 +1,42 @@
+// The inner loop of every product: M rows by V vectors of accumulators.
+#pragma once
+#include "simd.h"
+
+namespace prunevit {
+namespace PRUNEVIT_ISA {
+
+template <int M, int V>
+struct Tile {
+  vf at[M][V];
+};
+
+// acc[i][v] += Σ_k a(i, k) b[k][v]. By rows: a(i, k) = a[i * lda + k]; by columns: a[k * lda + i].
+// b has k rows of V vectors.
+template <int M, int V, bool by_rows>
+INLINE void accumulate(Tile<M, V>& acc, const float* a, int64_t lda, const float* b, int k) {
+  // Three rows share a pointer, so that all addresses stay in registers.
+  const float* row[(M + 2) / 3];
+  if (by_rows) {
+#pragma GCC unroll 8
+    for (int i = 0; i < (M + 2) / 3; ++i) row[i] = a + 3 * i * lda;
+  }
+  int p = 0;
+  for (; p < k; ++p) {
+    vf operand[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) operand[v] = load(b + (p * V + v) * lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const vf left = splat(by_rows ? row[i / 3][(i % 3) * lda + p] : a[p * lda + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc.at[i][v] += left * operand[v];
+    }
+  }
+}
+
+// Equal tiles: rows [tile_start(i), tile_start(i + 1)) of `rows` cut into tiles of at most `most`.
+INLINE int tile_count(int rows, int most) { return (rows + most - 1) / most; }
+INLINE int tile_start(int rows, int tiles, int i) { return rows * i / tiles; }
+
+}  // namespace PRUNEVIT_ISA
+}  // namespace prunevit

@@ -1,0 +1,105 @@
+#include "gemm.h"
+
+#include "accumulate.h"
+
+namespace prunevit {
+namespace PRUNEVIT_ISA {
+namespace {
+
+template <int M, int V>
+void tile(const float* a, int64_t lda, const float* b, int k, const Dest& d) {
+  Tile<M, V> acc = {};
+  accumulate<M, V, true>(acc, a, lda, b, k);
+
+  // Added last: chains of sums as short as a block keep the rounding error small.
+  if (d.part != nullptr)
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc.at[i][v] += load(d.part + i * d.ldpart + v * lanes);
+
+  if (d.into == Into::scratch) {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(d.c + i * d.ldc + v * lanes, acc.at[i][v]);
+    return;
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    const int cols = d.cols - v * lanes;
+    const vf bias = load(d.bias + v * lanes), gamma = load(d.gamma + v * lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      float* c = d.c + i * d.ldc + v * lanes;
+      vf y = acc.at[i][v] + bias;
+      if (cols >= lanes) {
+        if (d.into == Into::residual) y = load(c) + gamma * y;
+        store(c, y);
+      } else if (cols > 0) {
+        if (d.into == Into::residual) y = load_first(c, cols) + gamma * y;
+        store_first(c, y, cols);
+      }
+    }
+  }
+}
+
+using TileFunction = void (*)(const float*, int64_t, const float*, int, const Dest&);
+
+template <int V>
+TileFunction tile_of(int m) {
+  switch (m) {
+#define CASE(M) \
+  case M:       \
+    return tile<(M <= rows_of[V] ? M : 1), V>;
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13)
+#undef CASE
+    default:
+      return tile<rows_of[V], V>;
+  }
+}
+
+}  // namespace
+
+void multiply_panel(const float* a, int64_t lda, int rows, const float* b, int vectors, int k, const Dest& dest) {
+  const int tiles = tile_count(rows, rows_of[vectors]);
+  Dest d = dest;
+  for (int i = 0; i < tiles; ++i) {
+    const int first = tile_start(rows, tiles, i), m = tile_start(rows, tiles, i + 1) - first;
+    const TileFunction function = vectors == 1 ? tile_of<1>(m) : vectors == 2 ? tile_of<2>(m) : tile_of<3>(m);
+    d.c = dest.c + first * dest.ldc;
+    if (dest.part != nullptr) d.part = dest.part + first * dest.ldpart;
+    function(a + first * lda, lda, b, k, d);
+  }
+}
+
+void linear_panel(const Linear& l, int p, const float* a, int64_t lda, int rows, Into into, float* c, int64_t ldc,
+                  float* part) {
+  const int vectors = panel_vectors(l, p), column = panel_column(l, p);
+  for (int block = 0; block < l.blocks; ++block) {
+    const bool last = block + 1 == l.blocks, scatter = last && l.writes != nullptr;
+    const int k = l.k_start[block + 1] - l.k_start[block];
+    Dest dest = {Into::scratch, part, widest, block == 0 ? nullptr : part, widest, l.bias + column, l.gamma + column,
+                 l.out - column};
+    if (scatter) {
+      dest.into = Into::linear;
+      dest.cols = widest;
+    } else if (last) {
+      dest.into = into;
+      dest.c = c;
+      dest.ldc = ldc;
+    }
+    multiply_panel(a + l.k_start[block], lda, rows, l.weight + panel_weight(l, block, p), vectors, k, dest);
+    if (scatter) scatter_panel(l, p, part, widest, rows, c, ldc);
+  }
+}
+
+void scatter_panel(const Linear& l, int p, const float* from, int64_t pitch, int rows, float* c, int64_t ldc) {
+  const int column = panel_column(l, p);
+  const int cols = l.out - column < panel_vectors(l, p) * lanes ? l.out - column : panel_vectors(l, p) * lanes;
+  for (int r = 0; r < rows; ++r)
+    for (int i = 0; i < cols; ++i) c[r * ldc + l.writes[column + i]] += l.gamma[column + i] * from[r * pitch + i];
+}
+
+}  // namespace PRUNEVIT_ISA
+}  // namespace prunevit
