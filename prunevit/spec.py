@@ -166,6 +166,8 @@ class ViTSpec(_Frozen):
             raise ValueError(
                 "distilled: expected a class token, token pooling and no registers, as timm's distilled DeiT has"
             )
+        if self.distilled and self.fc_norm:
+            raise ValueError("fc_norm: expected none in a distilled model, whose heads read their tokens directly")
         if (self.global_pool == "map") != (self.attn_pool is not None):
             raise ValueError(f"attn_pool: goes with global_pool 'map' and no other, got {self.global_pool!r}")
         if self.attn_pool is not None and self.embed_dim % self.attn_pool.num_heads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
 from timm.layers import AttentionPoolLatent, GELUTanh, LayerScale, Mlp, PatchEmbed, QuickGELU
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
@@ -11,8 +12,9 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ..errors import UnsupportedModel
+from ..errors import CheckpointError, UnsupportedModel
 from ..spec import Act, AttnPoolSpec, BlockSpec, ViTSpec
+from .tensors import check_shapes
 from .vit import PrunedViT
 
 
@@ -22,11 +24,10 @@ def from_timm(model: nn.Module) -> PrunedViT:
     Dropout rates, training mode and ``requires_grad`` are not carried over: they belong to a training run. Raises
     :class:`UnsupportedModel` naming the attribute that no spec describes.
     """
-    spec = spec_of(model)
-    weight = model.get_parameter("patch_embed.proj.weight")
+    spec, state = spec_of(model), model.state_dict()
     pruned = PrunedViT(spec, device="meta")  # no memory and no initialisation: every tensor is the model's, copied
-    pruned.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
-    pruned.to(weight.device)
+    pruned.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    pruned.to(state["patch_embed.proj.weight"].device)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     pruned.pretrained_cfg = {key: value for key, value in cfg.items() if key != "state_dict"}
     name = cfg.get("architecture")
@@ -49,8 +50,7 @@ def spec_of(model: nn.Module) -> ViTSpec:
         raise UnsupportedModel("patch_embed.img_size is None: expected an image size that position embeddings fit")
     if vit.pos_embed is None:
         raise UnsupportedModel("pos_embed is None: expected a learned position embedding")
-    norms = _Norms()
-    pool = vit.attn_pool
+    norms, pool = _Norms(), vit.attn_pool
     blocks = tuple(_block_of(block, f"blocks.{i}", norms) for i, block in enumerate(vit.blocks))
     fields: dict[str, Any] = {
         "img_size": tuple(vit.patch_embed.img_size),
@@ -77,7 +77,15 @@ def spec_of(model: nn.Module) -> ViTSpec:
     }
     if norms.eps is not None:
         fields["norm_eps"] = norms.eps
-    return ViTSpec(**fields)
+    if pool is not None and "act" in fields and _act_of(pool.mlp.act, "attn_pool.mlp.act") != fields["act"]:
+        raise UnsupportedModel(f"attn_pool.mlp.act is {pool.mlp.act}: expected {fields['act']} as the blocks have")
+    try:
+        spec = ViTSpec(**fields)
+        # whatever else was changed in the model shows in its tensors: another head, an adapter, pruned weights
+        check_shapes(spec, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, "state_dict")
+    except (ValidationError, CheckpointError) as error:
+        raise UnsupportedModel(f"{type(model).__name__}: {error}") from None
+    return spec
 
 
 class _Norms:

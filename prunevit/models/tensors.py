@@ -45,13 +45,14 @@ def check_file(spec: ViTSpec, path: Path) -> None:
 def check_shapes(spec: ViTSpec, found: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise :class:`CheckpointError` where names or shapes are not those of the spec."""
     expected = expected_shapes(spec)
-    for name in expected.keys() - found.keys():
-        raise CheckpointError(f"{where}: {name}: expected a tensor {list(expected[name])}, which is missing")
-    for name in found.keys() - expected.keys():
-        raise CheckpointError(f"{where}: {name}: expected no such tensor of this spec, got {list(found[name])}")
     for name, shape in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{where}: {name}: expected a tensor {list(shape)}, which is missing")
         if found[name] != shape:
             raise CheckpointError(f"{where}: {name}: expected shape {list(shape)}, got {list(found[name])}")
+    for name, shape in found.items():
+        if name not in expected:
+            raise CheckpointError(f"{where}: {name}: expected no such tensor of this spec, got {list(shape)}")
 
 
 def check_finite(name: str, tensor: Tensor, where: str) -> Tensor:
