@@ -1,0 +1,127 @@
+"""Compile the Triton kernels for a GPU that is not there, and read what the compiler made.
+
+A stand-in for Triton's driver answers only which GPU it is. Calls then compile through the very path that a launch
+takes, so every specialisation (16-byte alignment of pointers first of all) is the one of the run time.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from ._expect import expect
+from ._launch import Call
+from .target import Target
+
+
+class _AbsentGpu:
+    """What JIT compilation asks of a driver, and nothing that a launch would."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # compiled kernels are kept per device: one index an architecture
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def compiling_for(capability: int, dtype: torch.dtype) -> Iterator[Target]:
+    """Within, calls compile for sm_80, sm_90 …. The target that is given packs ops on the CPU for them."""
+    expect(not triton.knobs.runtime.interpret, "a process without TRITON_INTERPRET", got="TRITON_INTERPRET=1")
+    driver: Any = triton.runtime.driver
+    before = driver._active
+    driver.set_active(_AbsentGpu(capability))
+    try:
+        yield stand_in_target(dtype)
+    finally:
+        driver._active = before
+
+
+def stand_in_target(dtype: torch.dtype) -> Target:
+    """A ``cuda`` target whose tensors are on the CPU, for the interpreter and for compiling: Target refuses one."""
+    target = object.__new__(Target)
+    fields = {"backend": "cuda", "device": torch.device("cpu"), "dtype": dtype, "threads": 1, "tuning": None}
+    for name, value in fields.items():
+        object.__setattr__(target, name, value)
+    return target
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the compiler made of one call."""
+
+    name: str
+    registers: int
+    spilled: int
+    stack: int
+    shared: int
+    tensor_core: int
+    """Matrix instructions in the SASS: HMMA (mma.sync) or HGMMA (wgmma)."""
+    wgmma: int
+    async_copies: int
+    """16-byte copies from device to shared memory that do not pass through registers."""
+    narrow_copies: int
+    narrow_loads: int
+    """Loads from device memory of less than 4 bytes."""
+    threads: int
+
+
+def build(call: Call) -> Build:
+    compiled = call.compile()
+    sass = _disassemble(compiled.asm["cubin"])
+    usage = _resource_usage(compiled.asm["cubin"])
+    copies = re.findall(r"\bLDGSTS\.\S*", sass)
+    return Build(
+        name=compiled.metadata.name,
+        registers=usage["REG"],
+        spilled=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        stack=usage["STACK"],
+        shared=compiled.metadata.shared,
+        tensor_core=len(re.findall(r"\bH[GM]MMA\b|\bHMMA\b", sass)),
+        wgmma=len(re.findall(r"\bHGMMA\b", sass)),
+        async_copies=sum(".128" in copy for copy in copies),
+        narrow_copies=sum(".128" not in copy for copy in copies),
+        narrow_loads=len(re.findall(r"\bLDG\.\S*[US](?:8|16)\b", sass)),
+        threads=32 * call.tile.warps,
+    )
+
+
+def _tool(name: str) -> str:
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    expect(path.exists(), f"{name} in triton's wheel", got=path)
+    return str(path)
+
+
+def _on_cubin(cubin: bytes, *command: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _disassemble(cubin: bytes) -> str:
+    return _on_cubin(cubin, _tool("cuobjdump"), "-sass")
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    text = _on_cubin(cubin, _tool("cuobjdump"), "-res-usage")
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}

@@ -1,0 +1,111 @@
+"""Tile sizes of the Triton kernels: every default, and every candidate that the tuner tries, in one place.
+
+A default is chosen by rule from the problem's sizes. The rules were set from what the compiler made (registers,
+shared memory), not from timings; :mod:`prunevit_kernels.tune` measures the candidates and writes what it finds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Literal
+
+from .target import Target
+
+KernelName = Literal[
+    "ragged_attention", "norm_linear", "linear", "linear_residual", "patch_embed", "token_scores", "rows", "select"
+]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program computes, and with how many warps and pipeline stages. ``block_k`` is unused in attention."""
+
+    block_m: int
+    block_n: int
+    block_k: int = 64
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a tile is chosen for: a kernel, the sizes of its work (m, n, k), and how it is specialised.
+
+    Attention: m is heads × images, n queries, k keys, and ``variant`` the heaviest class and how many there are.
+    Linear kernels: m rows, n output columns, k input columns.
+    """
+
+    kernel: KernelName
+    sizes: tuple[int, int, int]
+    variant: tuple[int, ...] = ()
+
+    def key(self, dtype: str) -> str:
+        """How tuning.json names the problem. m goes by powers of two: 12608 and 12800 rows want the same tile."""
+        m, n, k = self.sizes
+        bucket = 1 << max(0, (m - 1).bit_length())
+        variant = "".join(f" {value}" for value in self.variant)
+        return f"{self.kernel} m{bucket} n{n} k{k}{variant} {dtype}"
+
+
+def chosen(target: Target, problem: Problem, default: Tile) -> Tile:
+    """The tile that tuning found for the problem on this GPU, or else the default."""
+    if target.tuning is None:
+        return default
+    return target.tuning.tiles.get(problem.key(str(target.dtype).removeprefix("torch.")), default)
+
+
+def attention_tile(target: Target, problem: Problem) -> Tile:
+    _, queries, _ = problem.sizes
+    if queries <= 16:
+        return chosen(target, problem, Tile(block_m=16, block_n=64, warps=1, stages=3))
+    widest = max(problem.variant[:2])
+    # wide heads: 64 keys would spill registers on sm_80
+    default = Tile(block_m=64, block_n=64, stages=3) if widest <= 64 else Tile(block_m=64, block_n=32, stages=2)
+    return chosen(target, problem, default)
+
+
+def scores_tile(target: Target, problem: Problem) -> Tile:
+    images, queries, keys = problem.sizes
+    crowded = images * -(-keys // 64) >= 128
+    block_n = 64 if crowded else 16
+    few, many = Tile(16, block_n, warps=1, stages=2), Tile(64, block_n, warps=4, stages=2)
+    return chosen(target, problem, few if queries <= 16 else many)
+
+
+def linear_tile(target: Target, problem: Problem) -> Tile:
+    """Small tiles while they are needed to occupy the GPU; then wide ones, as wide as wastes fewest columns."""
+    m, n, k = problem.sizes
+    if m <= 512:
+        return chosen(target, problem, Tile(block_m=32, block_n=32, block_k=64, warps=4, stages=4))
+    if m <= 4096:
+        return chosen(target, problem, Tile(block_m=64, block_n=64, block_k=64, warps=4, stages=3))
+    # 128 columns take 1.5 times the registers, so that one program fits where two did: worth it for long sums only
+    block_n = 128 if k > 512 and -(-n // 64) % 2 == 0 else 64
+    return chosen(target, problem, Tile(block_m=128, block_n=block_n, block_k=64, warps=8, stages=3))
+
+
+def candidates(problem: Problem) -> list[Tile]:
+    """What the tuner tries."""
+    if problem.kernel == "ragged_attention":
+        if problem.sizes[1] <= 16:
+            return [Tile(16, n, 64, warps, stages) for n, warps, stages in product((32, 64, 128), (1, 2), (2, 3, 4))]
+        sizes = product((32, 64, 128), (32, 64, 128), (2, 4, 8), (2, 3, 4))
+        return [Tile(m, n, 64, warps, stages) for m, n, warps, stages in sizes if m >= 16 * warps]
+    if problem.kernel in ("norm_linear", "linear", "linear_residual", "patch_embed"):
+        every = [
+            Tile(*sizes) for sizes in product((16, 32, 64, 128), (32, 64, 128, 256), (32, 64), (4, 8), (2, 3, 4, 5))
+        ]
+        return [tile for tile in every if _is_sensible(tile)]
+    return []
+
+
+def _is_sensible(tile: Tile) -> bool:
+    """Work for every warp, accumulators that fit in registers, and stages that fit in an H100's shared memory."""
+    per_thread = tile.block_m * tile.block_n // (32 * tile.warps)
+    shared = (tile.block_m + tile.block_n) * tile.block_k * 2 * tile.stages
+    return 8 <= per_thread <= 128 and shared <= 200 * 1024
+
+
+def as_json(tile: Tile) -> dict[str, int]:
+    return asdict(tile)

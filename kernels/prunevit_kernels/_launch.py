@@ -1,0 +1,123 @@
+"""What the Triton ops share: calls that compile when buffers are bound, and scratch memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Generic, TypeVar
+from weakref import WeakValueDictionary
+
+import torch
+import triton
+from torch import Tensor
+
+from ._configs import Problem, Tile
+from ._expect import expect
+from .op import Op
+from .target import Launch, Target
+
+AnyOp = TypeVar("AnyOp", bound=Op)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One kernel launch: the kernel, how many programs, its run-time arguments in order, and its constants."""
+
+    kernel: Any
+    grid: int
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    tile: Tile
+    problem: Problem
+
+    def compile(self) -> Any:
+        """Compile the kernel, specialised as the arguments ask, for the active driver's GPU. Nothing runs."""
+        return self.kernel.warmup(*self.args, grid=(self.grid,), **self.constants, **self._options())
+
+    def load(self) -> Launch:
+        """The call, compiled and on the GPU: launching it does neither."""
+        if triton.knobs.runtime.interpret:
+            return partial(self.kernel[(self.grid,)], *self.args, **self.constants)
+        compiled = self.compile()
+        compiled._init_handles()
+        return partial(compiled[(self.grid, 1, 1)], *self.args, *self.constants.values())
+
+    def _options(self) -> dict[str, Any]:
+        # fp fusion is set because its default differs between Triton's versions
+        return {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
+
+
+class TritonOp(Generic[AnyOp]):
+    """An op packed for Triton kernels. A subclass turns buffers, checked by the op, into the calls that run it."""
+
+    calls: ClassVar[Callable[..., list[Call]]]
+
+    def __init__(self, op: AnyOp, target: Target) -> None:
+        self.op, self.target = op, target
+
+    def bind(self, *buffers: Tensor) -> Launch:
+        self.op.check(self.target, *buffers)
+        device = self.target.device
+        if device.type != "cuda":  # the interpreter
+            return _in_order([call.load() for call in self.calls(*buffers)])
+        with torch.cuda.device(device):
+            launches = [call.load() for call in self.calls(*buffers)]
+        return partial(_on_device, device, launches)
+
+
+def _in_order(launches: list[Launch]) -> Launch:
+    def run() -> None:
+        for launch in launches:
+            launch()
+
+    return run
+
+
+def _on_device(device: torch.device, launches: list[Callable[[], None]]) -> None:
+    with torch.cuda.device(device):  # Triton launches on the current device's current stream
+        for launch in launches:
+            launch()
+
+
+def up8(width: int) -> int:
+    return -(-width // 8) * 8
+
+
+def expect_rows(name: str, tensor: Tensor) -> None:
+    """Rows that 16-byte copies can read: they start on 16 bytes, and have room for a multiple of 8 elements."""
+    pitches = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()) if size > 1]
+    aligned = tensor.data_ptr() % 16 == 0 and all(pitch % 8 == 0 for pitch in pitches)
+    expect(
+        aligned,
+        f"{name} with rows that start on 16 bytes; allocate it with Target.pitch",
+        got=f"strides {tuple(tensor.stride())} at {tensor.data_ptr() % 16} bytes past",
+    )
+    end = tensor.storage_offset() + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    room = tensor.untyped_storage().nbytes() // tensor.element_size()
+    last = end - (tensor.shape[-1] - 1) + up8(tensor.shape[-1])
+    expect(bool(last <= room), f"{name} with storage for the whole pitch of its last row", got=room, want=last)
+
+
+_scratch: WeakValueDictionary[tuple[torch.device, int], Tensor] = WeakValueDictionary()
+
+
+def scratch_for(written: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for what an op keeps between its launches.
+
+    It is shared by all ops that write the same buffer: they can never run at the same time, or they would race for
+    that buffer. It lives as long as a launch holds it; rows have a pitch of whole 16 bytes.
+    """
+    pitch = up8(shape[-1])
+    rows = shape[:-1]
+    elements = pitch
+    for size in rows:
+        elements *= size
+    key = (written.device, written.data_ptr())
+    held = _scratch.get(key)
+    if held is None or held.numel() < elements * dtype.itemsize:
+        held = torch.empty(elements * dtype.itemsize, dtype=torch.uint8, device=written.device)
+        _scratch[key] = held
+    view = held[: elements * dtype.itemsize].view(dtype).view(*rows, pitch)[..., : shape[-1]]
+    view.held = held  # type: ignore[attr-defined]  # the table is weak: whoever has the view keeps the memory
+    return view

@@ -1,0 +1,143 @@
+"""The Triton kernels of a linear map over rows: with LayerNorm before it, or added to the residual stream after it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._configs import Tile
+
+BLOCK_K = 64  # packed weights have zeros up to a multiple of this, so that no load of weights is masked along k
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr):
+    if ACT == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        # tanh(u) = 2 σ(2u) − 1
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACT == "quick_gelu":
+        x = x * tl.sigmoid(1.702 * x)
+    elif ACT == "relu":
+        x = tl.maximum(x, 0.0)
+    return x
+
+
+@triton.jit
+def _moments(x, count, so_far, mean, m2):
+    """Mean and sum of squared deviations of a row, one chunk of ``count`` columns more (Chan's update).
+
+    Sums of squares would do for rows near zero; residual streams have channels a thousand times larger than others.
+    """
+    chunk_mean = tl.sum(x, 1) / count
+    delta = chunk_mean - mean
+    both = so_far + count
+    mean += delta * (count / both)
+    m2 += delta * delta * (so_far * count / both)
+    return chunk_mean, mean, m2
+
+
+@triton.jit
+def multiply(
+    x_rows, w_rows, K, NORM: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x Wᵀ over K columns; with NORM, also each row's mean and sum of squared deviations.
+
+    Rows of x may hold anything past column K. TAIL is what a multiple of BLOCK_K leaves, as a power of two.
+    """
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    m2 = tl.zeros([BLOCK_M], tl.float32)
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_rows[:, None] + k[None, :]
+    w_ptrs = w_rows[None, :] + k[:, None]
+    whole = K // BLOCK_K * BLOCK_K
+    for first in tl.range(0, whole, BLOCK_K, num_stages=STAGES):
+        x = tl.load(x_ptrs + first)
+        acc = tl.dot(x, tl.load(w_ptrs + first), acc)
+        if NORM:
+            x = x.to(tl.float32)
+            chunk_mean, mean, m2 = _moments(x, BLOCK_K, first, mean, m2)
+            x -= chunk_mean[:, None]
+            m2 += tl.sum(x * x, 1)
+    if TAIL > 0:
+        k_tail = whole + tl.arange(0, TAIL)
+        # whole groups of 8 are read, for 16-byte loads; what lies past column K is then replaced by zeros
+        groups = (k_tail < tl.cdiv(K, 8) * 8)[None, :]
+        inside = (k_tail < K)[None, :]
+        x = tl.load(x_rows[:, None] + k_tail[None, :], mask=groups, other=0.0)
+        x = tl.where(inside, x, 0.0)
+        acc = tl.dot(x, tl.load(w_rows[None, :] + k_tail[:, None]), acc)
+        if NORM:
+            x = x.to(tl.float32)
+            chunk_mean, mean, m2 = _moments(x, K - whole, whole, mean, m2)
+            x = tl.where(inside, x - chunk_mean[:, None], 0.0)
+            m2 += tl.sum(x * x, 1)
+    return acc, mean, m2
+
+
+@triton.jit
+def store_columns(rows, cols, D, row_mask, value, BLOCK_N: tl.constexpr):
+    """Columns below D, 16 bytes at a time; only a last group that is not whole goes one by one."""
+    value = value.to(rows.dtype.element_ty)
+    whole = D // 8 * 8
+    ptrs = rows[:, None] + cols[None, :]
+    tl.store(ptrs, value, mask=row_mask[:, None] & (cols < whole)[None, :])
+    if whole < D and tl.max(cols, 0) >= whole:
+        tl.store(ptrs, value, mask=row_mask[:, None] & ((cols >= whole) & (cols < D))[None, :])
+
+
+@triton.jit
+def locate_tile(M, D, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's first row, its rows counted from there, which of them exist, and its columns.
+
+    Programs with the same rows run one after another, so that all but the first find them in the L2 cache. Rows past
+    the last are the last one again: no load needs a mask, and nothing out of bounds is read.
+    """
+    blocks = tl.cdiv(D, BLOCK_N)
+    first_row = tl.program_id(0) // blocks * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    present = rows < M - first_row
+    cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    return first_row.to(tl.int64), tl.minimum(rows, M - first_row - 1), present, cols
+
+
+class PackedLinear:
+    """A weight [D, K] and bias as the kernels read them: 16-bit, rows zero-padded to a multiple of BLOCK_K.
+
+    ``channels`` puts the weight's columns where they read from a row of ``in_dim``; other columns are zero. A gather
+    of 2-byte columns cannot be copied 16 bytes at a time, so multiplying by zeros is the cheaper way to skip some.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, device: torch.device, dtype: torch.dtype,
+        in_dim: int | None = None, channels: tuple[int, ...] | None = None,
+    ) -> None:  # fmt: skip
+        self.out_dim, self.in_dim = weight.shape[0], in_dim or weight.shape[1]
+        padded = -(-self.in_dim // BLOCK_K) * BLOCK_K
+        self.weight = torch.zeros(self.out_dim, padded, device=device, dtype=dtype)
+        columns = torch.arange(self.in_dim) if channels is None else torch.tensor(channels)
+        self.weight[:, columns.to(device)] = weight.detach().to(device, dtype)
+        # the sums of what the kernel multiplies by, that is, after rounding
+        self.column_sums = self.weight.double().sum(1).float()
+        self.bias = torch.zeros(self.out_dim, device=device)
+        if bias is not None:
+            self.bias.copy_(bias.detach())
+
+    def tail(self, block_k: int) -> int:
+        """What a multiple of ``block_k`` leaves of the input columns, as a power of two from 16; 0 for nothing."""
+        left = self.in_dim % block_k
+        return 0 if left == 0 else max(16, 1 << (left - 1).bit_length())
+
+    def constants(self, tile: Tile) -> dict[str, object]:
+        return {
+            "TAIL": self.tail(tile.block_k), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k, "STAGES": tile.stages,
+        }  # fmt: skip
+
+    def programs(self, rows: int, tile: Tile) -> int:
+        return -(-rows // tile.block_m) * -(-self.out_dim // tile.block_n)

@@ -1,0 +1,89 @@
+"""linear_residual on NVIDIA GPUs: a product whose epilogue adds to the residual stream in place."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._configs import Problem, linear_tile
+from .._expect import matrix_of
+from .._launch import Call, TritonOp, expect_rows
+from .._linear import PackedLinear, locate_tile, multiply, store_columns
+from ..target import Target
+from . import LinearResidual
+
+
+@triton.jit(do_not_specialize=["M", "D", "K", "c_row8", "w_row8", "x_row8"])
+def linear_residual_kernel(
+    c, w, bias, gamma, writes, x, M, D, K, c_row8, w_row8, x_row8,
+    GAMMA: tl.constexpr, WRITES: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # locate
+    first_row, rows, present, cols = locate_tile(M, D, BLOCK_M, BLOCK_N)
+    c_rows = c + first_row * c_row8 * 8 + rows * (c_row8 * 8)
+    w_rows = w + tl.minimum(cols, D - 1) * (w_row8 * 8)
+    x_rows = x + first_row * x_row8 * 8 + rows * (x_row8 * 8)
+
+    # load and multiply
+    acc, _, _ = multiply(c_rows, w_rows, K, False, TAIL, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)
+
+    # finish in fp32
+    b = tl.load(bias + cols, mask=cols < D, other=0.0)
+    acc += b[None, :]
+    if GAMMA:
+        g = tl.load(gamma + cols, mask=cols < D, other=0.0)
+        acc *= g[None, :]
+
+    # store
+    if WRITES:
+        channels = tl.load(writes + cols, mask=cols < D, other=0)
+        ptrs = x_rows[:, None] + channels[None, :]
+        mask = present[:, None] & (cols < D)[None, :]
+        acc += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(ptrs, acc.to(x.dtype.element_ty), mask=mask)
+    else:
+        groups = (cols < tl.cdiv(D, 8) * 8)[None, :]  # read 16 bytes at a time; what is past column D is not used
+        acc += tl.load(x_rows[:, None] + cols[None, :], mask=groups, other=0.0).to(tl.float32)
+        store_columns(x_rows, cols, D, present, acc, BLOCK_N)
+
+
+class ResidualLinear:
+    """A packed linear with what its epilogue needs: γ, and the channels that it updates."""
+
+    def __init__(
+        self, target: Target, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, writes: tuple[int, ...] | None
+    ) -> None:
+        self.linear = PackedLinear(weight, bias, target.device, target.dtype)
+        self.gamma = None if gamma is None else gamma.detach().to(target.device, torch.float32).contiguous()
+        self.writes = None if writes is None else torch.tensor(writes, dtype=torch.int32, device=target.device)
+
+    def call(self, c: Tensor, x: Tensor, target: Target) -> Call:
+        rows, c_pitch = matrix_of("c", c)
+        _, x_pitch = matrix_of("x", x)
+        linear = self.linear
+        problem = Problem("linear_residual", (rows, linear.out_dim, linear.in_dim))
+        tile = linear_tile(target, problem)
+        pitches = [pitch // 8 for pitch in (c_pitch, linear.weight.stride(0), x_pitch)]
+        gamma = linear.bias if self.gamma is None else self.gamma
+        writes = linear.bias if self.writes is None else self.writes
+        args = (c, linear.weight, linear.bias, gamma, writes, x, rows, linear.out_dim, linear.in_dim, *pitches)
+        constants = {"GAMMA": self.gamma is not None, "WRITES": self.writes is not None, **linear.constants(tile)}
+        return Call(linear_residual_kernel, linear.programs(rows, tile), args, constants, tile, problem)
+
+
+class _Packed(TritonOp[LinearResidual]):
+    def __init__(self, op: LinearResidual, target: Target) -> None:
+        super().__init__(op, target)
+        self.linear = ResidualLinear(target, op.weight, op.bias, op.gamma, op.writes)
+
+    def calls(self, c: Tensor, x: Tensor) -> list[Call]:
+        expect_rows("c", c)
+        expect_rows("x", x)
+        return [self.linear.call(c, x, self.target)]
+
+
+def pack(op: LinearResidual, target: Target) -> _Packed:
+    return _Packed(op, target)

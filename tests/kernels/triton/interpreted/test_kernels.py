@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prunevit_kernels._aot import stand_in_target
+from tests.kernels.half_precision import check
+from tests.kernels.half_precision_cases import EVERY_CASE, named
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", EVERY_CASE)
+def test_kernel(name: str, dtype: torch.dtype) -> None:
+    check(named(name), stand_in_target(dtype))
