@@ -1,0 +1,230 @@
+"""Budgets: how much has to go. Costs are those of the spec that a plan leaves, recounted exactly, never estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from ..errors import BudgetError, PruningError, expect
+from ..spec import ViTSpec
+from .groups import Group, Kind, Scores
+from .plan import Plan
+from .ranking import Bundle, Ranking
+
+Cost: TypeAlias = Callable[[ViTSpec], float]
+Constraints: TypeAlias = Mapping[str, str | float]
+
+COSTS: dict[str, Cost] = {"macs": lambda spec: spec.macs(), "params": lambda spec: spec.params()}
+TOLERANCE = 0.01  # of dense: what a result may stay below its limit, where units are small enough
+_SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One constraint: the result costs at most ``most``, where the dense model costs ``dense``."""
+
+    name: str
+    most: float
+    dense: float
+    cost: Cost
+
+    def met(self, spec: ViTSpec) -> bool:
+        return self.cost(spec) <= self.most
+
+    def close(self, spec: ViTSpec) -> bool:
+        return self.most - self.cost(spec) <= TOLERANCE * self.dense
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Every limit holds, or :class:`BudgetError` says what cannot go below what.
+
+    The result is below each limit by at most the larger of 1 % of dense and the smallest unit that was left to restore.
+    Without limits, what ``ranking.pruning_ratio`` says goes and nothing else; with a ``shape`` the result has exactly
+    that shape, and scores only say which indices are kept.
+    """
+
+    limits: tuple[Limit, ...] = ()
+    ranking: Ranking = field(default_factory=Ranking)
+    shape: ViTSpec | None = None
+
+    @classmethod
+    def of(
+        cls,
+        spec: ViTSpec,
+        constraints: Constraints | None,
+        cost: Cost | Mapping[str, Cost] | None = None,
+        ranking: Ranking | None = None,
+        shape: ViTSpec | None = None,
+    ) -> Budget:
+        """Read constraints on what remains of ``spec``: shares ("45%") or absolute numbers (2.0e9, "2.0G")."""
+        ranking = ranking or Ranking()
+        constraints = dict(constraints or {})
+        enough = bool(constraints) or shape is not None or ranking.pruning_ratio is not None
+        expect(enough, PruningError, "constraints, a shape or a pruning_ratio that says how much goes", got="none")
+        expect(not constraints or shape is None, PruningError, "constraints or a shape", got="both")
+        costs = dict(COSTS)
+        if isinstance(cost, Mapping):
+            costs |= cost
+        elif cost is not None:
+            others = [name for name in constraints if name not in COSTS]
+            expect(len(others) == 1, PruningError, "one constraint for the one cost, or costs by name", got=others)
+            costs[others[0]] = cost
+        for name in constraints:
+            what = f"constraints out of {', '.join(sorted(costs))} (others need a cost=callable)"
+            expect(name in costs, PruningError, what, got=repr(name))
+        limits = []
+        for name, value in constraints.items():
+            dense = float(costs[name](spec))
+            limits.append(Limit(name, _amount(name, value, dense), dense, costs[name]))
+        return cls(tuple(limits), ranking, shape)
+
+    def kinds(self, spec: ViTSpec, default: tuple[Kind, ...]) -> tuple[Kind, ...]:
+        """The kinds of group to score: those asked for, or those that the shape differs in, or the method's own."""
+        if self.shape is not None:
+            return _differing(spec, self.shape)
+        return self.ranking.groups or tuple(k for k in default if k != "channel" or spec.attn_pool is None)
+
+    def plan(self, dense: ViTSpec, scores: Scores) -> Plan:
+        """The plan that drops the lowest units, as few as meet every limit."""
+        if self.shape is not None:
+            return _to_shape(dense, self.shape, scores, self.ranking.rescale_norms)
+        fixed, order = self.ranking.order(scores)
+        return _Search(dense, self, fixed, order).run()
+
+    def met(self, spec: ViTSpec) -> bool:
+        return all(limit.met(spec) for limit in self.limits)
+
+
+class _Search:
+    """Bisection over how many bundles go, then restoring what a last, large one took too much."""
+
+    def __init__(self, dense: ViTSpec, budget: Budget, fixed: dict[Group, list[int]], order: list[Bundle]) -> None:
+        self.dense, self.budget, self.fixed, self.order = dense, budget, fixed, order
+
+    def run(self) -> Plan:
+        few, many = 0, len(self.order)
+        plan = self.drop(self.order[:few])
+        if self.budget.met(plan.spec()):
+            return plan
+        self.expect_reachable()
+        while many - few > 1:
+            middle = (few + many) // 2
+            if self.budget.met(self.drop(self.order[:middle]).spec()):
+                many = middle
+            else:
+                few = middle
+        return self.restore(self.order[:many])
+
+    def drop(self, bundles: list[Bundle]) -> Plan:
+        dropped = {group: list(units) for group, units in self.fixed.items()}
+        for bundle in bundles:
+            dropped[bundle.group] += bundle.units
+        return Plan.without(self.dense, dropped, rescale_norms=self.budget.ranking.rescale_norms)
+
+    def restore(self, gone: list[Bundle]) -> Plan:
+        plan = self.drop(gone)
+        full: set[str] = set()  # layers whose next unit does not fit: nor does any later one, for the cost only grows
+        for bundle in reversed(gone):
+            if any(limit.close(plan.spec()) for limit in self.budget.limits):
+                break
+            address = bundle.group.address(bundle.units[0])
+            if address in full:
+                continue
+            rest = [other for other in gone if other is not bundle]
+            more = self.drop(rest)
+            if self.budget.met(more.spec()):
+                gone, plan = rest, more
+            else:
+                full.add(address)
+        return plan
+
+    def expect_reachable(self) -> None:
+        floor = self.drop(self.order).spec()
+        for limit in self.budget.limits:
+            least = limit.cost(floor)
+            if not limit.met(floor):
+                kinds = sorted({bundle.group.kind for bundle in self.order} | {g.kind for g in self.fixed})
+                raise BudgetError(
+                    f"{limit.name}: expected at most {limit.most:,.6g}, but the irreducible floor is {least:,.6g} "
+                    f"({least / limit.dense:.1%} of {limit.dense:,.6g}) when every {', '.join(kinds)} unit that may go "
+                    "has gone: allow more groups, or less min_kept, max_pruning_ratio or ignored_layers"
+                )
+
+
+def _amount(name: str, value: str | float, dense: float) -> float:
+    try:
+        if isinstance(value, str):
+            text = value.strip()
+            if text.endswith("%"):
+                share = float(text[:-1]) / 100
+                expect(0 < share <= 1, BudgetError, f"{name} between 0% and 100% of dense", got=value)
+                return share * dense
+            amount = float(text[:-1]) * _SUFFIXES[text[-1]] if text[-1:] in _SUFFIXES else float(text)
+        else:
+            amount = float(value)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, BudgetError):
+            raise
+        raise BudgetError(f'{name}: expected a share such as "45%" or a number such as 2.0e9, got {value!r}') from None
+    expect(0 < amount < float("inf"), BudgetError, f"{name} to be a positive number", got=value)
+    if name in COSTS and amount <= 1:
+        raise BudgetError(f'{name}: expected a share such as "{amount:.0%}" or a count, got {value!r}')
+    return amount
+
+
+def _differing(dense: ViTSpec, shape: ViTSpec) -> tuple[Kind, ...]:
+    kinds: set[Kind] = set()
+    expect(dense.depth == shape.depth, PruningError, f"a shape of {dense.depth} blocks", got=shape.depth)
+    if dense.embed_dim != shape.embed_dim:
+        kinds.add("channel")
+    for have, want in zip(dense.blocks, shape.blocks):
+        if have.num_heads != want.num_heads:
+            kinds.add("head")
+        if have.qk_dims != want.qk_dims:
+            kinds.add("qk")
+        if have.v_dims != want.v_dims:
+            kinds.add("v")
+        if have.mlp_dim != want.mlp_dim:
+            kinds.add("mlp")
+    return tuple(kinds)
+
+
+def _to_shape(dense: ViTSpec, shape: ViTSpec, scores: Scores, rescale_norms: bool) -> Plan:
+    """Keep the best units of each group, as many as ``shape`` has; kept heads take its widths in order."""
+    best = {group: score.double().argsort(descending=True, stable=True).tolist() for group, score in scores.items()}
+    places: dict[int, list[int]] = {}
+    for group, ranked in best.items():
+        if group.kind == "head":
+            places[group.block] = sorted(ranked[: shape.blocks[group.block].num_heads])
+
+    def size(group: Group) -> int:
+        if group.kind == "channel":
+            return shape.embed_dim
+        block = shape.blocks[group.block]
+        if group.kind == "mlp":
+            return block.mlp_dim
+        if group.kind == "head":
+            return block.num_heads
+        heads = places.get(group.block, list(range(dense.blocks[group.block].num_heads)))
+        dims = block.qk_dims if group.kind == "qk" else block.v_dims
+        return dims[heads.index(group.head)] if group.head in heads else group.size
+
+    dropped = {group: ranked[size(group) :] for group, ranked in best.items()}
+    removed = [
+        (part, i)
+        for i, block in enumerate(shape.blocks)
+        for part in ("has_attn", "has_mlp")
+        if getattr(dense.blocks[i], part) and not getattr(block, part)
+    ]
+    for part, i in removed:
+        layer = f"blocks.*.{part.removeprefix('has_')}.sublayer"
+        dropped.setdefault(Group("sublayer", layer, dense.depth, blocks=tuple(range(dense.depth))), []).append(i)
+    plan = Plan.without(dense, dropped, rescale_norms=rescale_norms)
+    for i, (got, want) in enumerate(zip(plan.spec().blocks, shape.blocks)):
+        same = (got.qk_dims, got.v_dims, got.mlp_dim) == (want.qk_dims, want.v_dims, want.mlp_dim)
+        expect(same, PruningError, f"a shape within the dense model's, block {i} {want}", got=got)
+    width = plan.spec().embed_dim
+    expect(width == shape.embed_dim, PruningError, f"a shape of width at most {width}", got=shape.embed_dim)
+    return plan

@@ -1,0 +1,100 @@
+"""What a pruning method is, what it is given, and how it looks at images."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+from torch import Tensor, nn
+
+from ..errors import PruningError, expect
+from ..models import PrunedViT
+from .budget import Budget
+from .groups import Group, Kind, groups_of
+from .surgery import compact
+
+Data: TypeAlias = Iterable[Tensor | Sequence[Tensor]]
+"""Batches of (images, labels), or of images alone where no label is needed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pruning: the model (left as it is), how much goes, what to measure on, and the seed of all chance."""
+
+    model: PrunedViT
+    budget: Budget
+    data: Data | None = None
+    seed: int = 0
+
+
+class Method(ABC):
+    """A way to prune. Options are the fields of a frozen dataclass; ``groups`` are the kinds pruned by default."""
+
+    groups: ClassVar[tuple[Kind, ...]] = ("qk", "v", "mlp")
+
+    @abstractmethod
+    def prune(self, job: Job) -> PrunedViT:
+        """The compact model, with its plan."""
+
+
+class Scorer(Method):
+    """A method that gives each unit a score; the lowest go."""
+
+    @abstractmethod
+    def score(self, model: PrunedViT, groups: Sequence[Group], data: Data | None, seed: int) -> dict[Group, Tensor]:
+        """A score for each unit of each group, on the CPU or the model's device."""
+
+    def prune(self, job: Job) -> PrunedViT:
+        spec = job.model.spec
+        groups = groups_of(spec, job.budget.kinds(spec, self.groups))
+        with evaluating(job.model):
+            scores = self.score(job.model, groups, job.data, job.seed)
+        return compact(job.model, job.budget.plan(spec, scores))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode inside, and as before outside."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def images_of(data: Data | None, model: nn.Module, most: int | None, *, of: str) -> Iterator[Tensor]:
+    """Batches of images, at most ``most`` images in all, where the model is."""
+    for images, _ in _batches(data, model, most, of):
+        yield images
+
+
+def labelled(data: Data | None, model: nn.Module, most: int | None, *, of: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same, with labels."""
+    for images, labels in _batches(data, model, most, of):
+        if labels is None:
+            raise PruningError(f"{of}: expected batches of (images, labels), got images alone")
+        yield images, labels
+
+
+def _batches(data: Data | None, model: nn.Module, most: int | None, of: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+    if data is None:
+        raise PruningError(f"{of} measures on images: expected data=batches of images, got none")
+    like, seen = next(model.parameters()), 0
+    for batch in data:
+        images, labels = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
+        rest = len(images) if most is None else most - seen
+        if rest <= 0:
+            break
+        seen += len(images[:rest])
+        yield images[:rest].to(like.device, like.dtype), None if labels is None else labels[:rest].to(like.device)
+    expect(seen > 0, PruningError, f"{of} to get at least one image", got="none")
+
+
+def reduce_square(weight: Tensor, axis: int) -> Tensor:
+    """Σ w² over all axes but one."""
+    others = [a for a in range(weight.dim()) if a != axis]
+    return weight.detach().double().square().sum(others) if others else weight.detach().double().square()

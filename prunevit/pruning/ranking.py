@@ -1,0 +1,182 @@
+"""Ranking: from a score for each unit to one order in which units go. The options have Torch-Pruning's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import PruningError, expect
+from .groups import KINDS, Group, Kind, Scores, check_kinds, matches
+
+Normalizer = Literal["mean", "sum", "max", "standardization", "gaussian", "lamp"]
+Floats: TypeAlias = NDArray[np.float64]
+
+_NEVER_EMPTY = ("qk", "v", "channel")  # without its last one, a head or a model has no meaning
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Units of one group that go together (one, unless ``round_to`` says more). The lowest ``key`` goes first."""
+
+    group: Group
+    units: tuple[int, ...]
+    key: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How scores are compared and what may go.
+
+    ``groups``: the kinds to prune (None: the method's own). Ranks are taken in each group alone, so that every group
+    gives up the same share (the default); with ``isomorphic`` among all groups of a kind; with ``global_pruning`` among
+    all units, each score divided within its layer as ``normalizer`` says (None: raw scores).
+    ``pruning_ratio`` drops a fixed share first: of every group, or by address pattern (``{"blocks.0.*": 0.2, "qk":
+    0.5}``, the last match counts); a constraint then takes what it needs beyond. ``max_pruning_ratio`` bounds the share
+    that any group loses, in the same two forms. ``ignored_layers`` are address patterns that nothing is taken from.
+    ``min_kept`` units of each group stay (a number, or one by kind: ``{"head": 0}`` lets a layer lose its last head,
+    and keep its output bias); ``round_to`` makes kept counts multiples, in the same two forms. ``rescale_norms``
+    multiplies LayerNorm weights by √(E/E′) when residual channels go.
+    """
+
+    groups: tuple[Kind, ...] | None = None
+    global_pruning: bool = False
+    isomorphic: bool = False
+    normalizer: Normalizer | None = "mean"
+    pruning_ratio: float | Mapping[str, float] | None = None
+    max_pruning_ratio: float | Mapping[str, float] = 1.0
+    ignored_layers: Sequence[str] = ()
+    min_kept: int | Mapping[str, int] = 1
+    round_to: int | Mapping[str, int] | None = None
+    rescale_norms: bool = True
+
+    def __post_init__(self) -> None:
+        if self.groups is not None:
+            object.__setattr__(self, "groups", check_kinds(self.groups))
+        names = get_args(Normalizer)
+        known = self.normalizer is None or self.normalizer in names
+        expect(known, PruningError, f"normalizer out of {', '.join(names)} or None", got=repr(self.normalizer))
+        one = not (self.global_pruning and self.isomorphic)
+        expect(one, PruningError, "one of global_pruning and isomorphic", got="both")
+        for name, least in (("min_kept", 0), ("round_to", 1)):
+            value = getattr(self, name)
+            for kind, count in value.items() if isinstance(value, Mapping) else [(KINDS[0], value)]:
+                expect(kind in KINDS, PruningError, f"{name} by kinds out of {', '.join(KINDS)}", got=repr(kind))
+                fine = count is None or (isinstance(count, int) and count >= least)
+                expect(fine, PruningError, f"{name} to be a count of at least {least}", got=repr(count))
+        for name in ("pruning_ratio", "max_pruning_ratio"):
+            value = getattr(self, name)
+            for ratio in value.values() if isinstance(value, Mapping) else [value]:
+                fine = ratio is None or 0 <= ratio <= 1
+                expect(fine, PruningError, f"{name} between 0 and 1, the share that goes", got=ratio)
+
+    def order(self, scores: Scores) -> tuple[dict[Group, list[int]], list[Bundle]]:
+        """What ``pruning_ratio`` drops at once, and all else that may go, first to last."""
+        self._expect_patterns_match(scores)
+        values = {group: _checked(group, score.double().cpu().numpy()) for group, score in scores.items()}
+        compared = self._compared(values)
+        fixed: dict[Group, list[int]] = {}
+        bundles: list[Bundle] = []
+        for group, score in values.items():
+            candidates, at_once, ends = self._candidates(group, score)
+            fixed[group] = sorted(candidates[:at_once])
+            begin = at_once
+            for end in ends:
+                units = candidates[begin:end]
+                # alone in its group, a unit's key is the share of the group that has gone with it
+                key = end / group.size if compared is None else float(compared[group][units].mean())
+                bundles.append(Bundle(group, tuple(sorted(units)), key, float(score[units].mean())))
+                begin = end
+        return fixed, sorted(bundles, key=lambda bundle: (bundle.key, bundle.score))
+
+    def _candidates(self, group: Group, score: Floats) -> tuple[list[int], int, list[int]]:
+        """The units that may go, lowest first; how many of them go at once; and where each further bundle ends."""
+        order = [int(u) for u in np.argsort(score, kind="stable")]
+        allowed = [u for u in order if not any(matches(group.address(u), p) for p in self.ignored_layers)]
+        keep = max(self._of_kind(self.min_kept, group, 1), int(group.kind in _NEVER_EMPTY))
+        most = group.size - _kept(group.size, self._of_pattern(self.max_pruning_ratio, group, 1.0))
+        limit = max(0, min(len(allowed), group.size - keep, most))
+        step = self._of_kind(self.round_to, group, 1) or 1
+        ends = [end for end in range(1, limit + 1) if (group.size - end) % step == 0]
+        ratio = self._of_pattern(self.pruning_ratio, group, 0.0)
+        wanted = group.size - _kept(group.size, ratio)
+        at_once = max([0, *(end for end in ends if end <= wanted)])
+        return allowed[:limit], at_once, [end for end in ends if end > at_once]
+
+    def _compared(self, values: Mapping[Group, Floats]) -> dict[Group, Floats] | None:
+        """Scores that may be compared across groups; None where each group is ranked alone."""
+        if not (self.global_pruning or self.isomorphic):
+            return None
+        layers: dict[str, list[Group]] = {}
+        for group in values:
+            layers.setdefault(group.layer, []).append(group)
+        normal: dict[Group, Floats] = {}
+        for members in layers.values():
+            joined = _normalised(np.concatenate([values[group] for group in members]), self.normalizer)
+            normal |= zip(members, _split(joined, members))
+        if self.global_pruning:
+            return normal
+        for kind in KINDS:
+            members = [group for group in values if group.kind == kind]
+            if members:
+                joined = np.concatenate([normal[group] for group in members])
+                normal |= zip(
+                    members, _split((np.argsort(np.argsort(joined, kind="stable")) + 1) / len(joined), members)
+                )
+        return normal
+
+    def _expect_patterns_match(self, scores: Scores) -> None:
+        addresses = {group.address(u) for group in scores for u in (range(group.size) if group.blocks else (0,))}
+        patterns = [*self.ignored_layers]
+        for value in (self.pruning_ratio, self.max_pruning_ratio):
+            patterns += value if isinstance(value, Mapping) else []
+        for pattern in patterns:
+            found = any(matches(address, pattern) for address in addresses)
+            expect(found, PruningError, f"a pattern of addresses such as {sorted(addresses)[:3]}", got=repr(pattern))
+
+    def _of_kind(self, value: int | Mapping[str, int] | None, group: Group, default: int) -> int:
+        found = value.get(group.kind, default) if isinstance(value, Mapping) else value
+        return default if found is None else found
+
+    def _of_pattern(self, value: float | Mapping[str, float] | None, group: Group, default: float) -> float:
+        if isinstance(value, Mapping):
+            found = [ratio for pattern, ratio in value.items() if matches(group.address(0), pattern)]
+            return found[-1] if found else default
+        return default if value is None else value
+
+
+def _kept(size: int, ratio: float) -> int:
+    return int(size * (1 - ratio) + 1e-9)  # 64 · (1 − 0.8) is 12.799…, but 10 · (1 − 0.9) should be 1
+
+
+def _split(joined: Floats, members: Sequence[Group]) -> Iterator[Floats]:
+    return iter(np.split(joined, np.cumsum([group.size for group in members])[:-1]))
+
+
+def _checked(group: Group, score: Floats) -> Floats:
+    expect(score.shape == (group.size,), PruningError, f"{group.size} scores for {group.layer}", got=score.shape)
+    expect(bool(np.isfinite(score).all()), PruningError, f"finite scores for {group.layer}", got="NaN or infinity")
+    return score
+
+
+def _normalised(score: Floats, normalizer: Normalizer | None) -> Floats:
+    tiny = 1e-12
+    if normalizer == "mean":
+        score = score / max(score.mean(), tiny)
+    elif normalizer == "sum":
+        score = score / max(score.sum(), tiny)
+    elif normalizer == "max":
+        score = score / max(score.max(), tiny)
+    elif normalizer == "standardization":
+        score = (score - score.min()) / max(score.max() - score.min(), tiny)
+    elif normalizer == "gaussian":
+        score = (score - score.mean()) / max(score.std(), tiny)
+    elif normalizer == "lamp":  # each score as a share of all that are not lower
+        order = np.argsort(score, kind="stable")
+        rest = np.cumsum(score[order][::-1])[::-1]
+        score = score / np.maximum(rest[np.argsort(order)], tiny)
+    return score
