@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "cuda/launch.h"
@@ -126,6 +129,7 @@ public:
         a.eps = eps;
         a.act = named(kActs, act, "an activation");
         a.splits = plan.splits;
+        a.slots = plan.slots;
         const int64_t partial = round_up_bytes(plan.partial_bytes), needed = partial + plan.hidden_bytes;
         if (needed > 0) {
             auto* const memory = pointer<unsigned char>(workspace.value_or(Memory{0, 0}), needed, 16, "a workspace");
@@ -138,7 +142,11 @@ public:
             launches_.push_back(expand_launch(type, shape, plan));
             launches_.push_back(contract_launch(type, shape, plan));
         } else if (plan.kernel == Kernel::wgmma) {
+#if defined(PRUNEVIT_WGMMA)
             launches_.push_back(wgmma_launch(type, shape, plan));
+#else
+            throw std::invalid_argument("fused_mlp kernel 'wgmma' is not in this build: PRUNEVIT_CUDA_ARCHS left out 90a");
+#endif
         } else {
             launches_.push_back(fused_launch(type, shape, plan));
         }

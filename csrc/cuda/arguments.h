@@ -23,6 +23,7 @@ struct Arguments {
     float eps;
     Act act;
     int splits;                // CTAs along the hidden width
+    int slots;                 // weight tiles in wgmma's ring
     float* partial;            // [splits, M, out_padded] where splits > 1
     uint16_t* hidden;          // [M, hidden_padded], for the two GEMMs
 };

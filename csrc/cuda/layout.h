@@ -127,4 +127,34 @@ PRUNEVIT_BOTH constexpr int gemm_shared_bytes(int tile_rows) {
     return (ring > stage ? ring : stage) + tile_rows * 2 * 4;
 }
 
+// The one-launch kernel on wgmma: a warpgroup that feeds and two of 64 rows that multiply.
+constexpr int kWgmmaThreads = 3 * 128;
+constexpr int kWgmmaRows = 128;
+constexpr int kWgmmaColumns[] = {160, 192, 320, 352, 384};  // N as instantiated; above 256 in two halves
+constexpr int kWgmmaMostSlots = 4;
+
+// A wgmma descriptor of a K-major tile with 128-byte swizzled rows: eight rows are 1024 bytes, which are aligned so.
+// A step along K only adds its bytes to the address: the swizzle applies to the sum.
+PRUNEVIT_BOTH constexpr uint64_t tile_descriptor(uint32_t address) {
+    constexpr uint64_t kRowsStride = 8 * kRowBytes / 16, kSwizzle128 = 1;
+    return (address & 0x3ffff) / 16 | uint64_t{1} << 16 | kRowsStride << 32 | kSwizzle128 << 62;
+}
+
+struct WgmmaShared {
+    int ring, slot_bytes, slots, barriers, bytes;
+};
+// Two normalised tiles, then the ring; the epilogue's stage reuses both; then the barriers.
+PRUNEVIT_BOTH constexpr WgmmaShared wgmma_shared(int columns, const Shape& s, int slots) {
+    WgmmaShared at{};
+    at.ring = kWgmmaRows * s.in_panels() * kRowBytes;
+    const int w1 = static_cast<int>(w1_chunk_bytes(s)), w2 = columns * kRowBytes;  // rows past N are there, unread
+    at.slot_bytes = w1 > w2 ? w1 : w2;
+    at.slots = slots;
+    const int loop = at.ring + slots * at.slot_bytes;
+    const int stage = kWgmmaRows * stage_pitch(s.out_padded()) * 4;
+    at.barriers = loop > stage ? loop : round_up(stage, 16);
+    at.bytes = at.barriers + slots * 16;
+    return at;
+}
+
 }  // namespace prunevit::mlp

@@ -26,6 +26,7 @@ struct Plan {
     int mt, nu;           // template arguments: 32 · mt rows a block, nu units of 16 output columns a warp
     int expand_mt;        // the same for the first of two GEMMs, which also holds a panel of x in registers
     int splits;           // CTAs along the hidden width
+    int slots;            // weight tiles in wgmma's ring, whose nu is N as instantiated
     int expand_columns;   // blocks along F of the first of two GEMMs
     int shared;           // bytes a block
     int64_t partial_bytes, hidden_bytes;
@@ -119,6 +120,30 @@ inline Plan plan_two_gemms(const Shape& s, const Device& d) {
     return plan;
 }
 
+// Slots of the weight ring: as many as fit, two at least.
+inline int wgmma_slots(int columns, const Shape& s, const Device& d) {
+    int slots = kWgmmaMostSlots;
+    while (slots > 0 && wgmma_shared(columns, s, slots).bytes > d.shared_limit) --slots;
+    return slots;
+}
+
+inline Plan plan_wgmma(const Shape& s, const Device& d) {
+    Plan plan{};
+    plan.kernel = Kernel::wgmma;
+    for (const int columns : kWgmmaColumns) {
+        if (columns >= s.out && plan.nu == 0) plan.nu = columns;
+    }
+    plan.slots = plan.nu == 0 ? 0 : wgmma_slots(plan.nu, s, d);
+    if (d.sm != 90 || s.embed > kFusedWidestEmbed || plan.slots < 2) {
+        throw std::invalid_argument("fused_mlp kernel 'wgmma': " + describe(s) + " needs sm_90, E <= 512, N <= 384 and " +
+                                    "two weight tiles beside 128 rows in shared memory; the GPU is sm_" +
+                                    std::to_string(d.sm) + " with " + std::to_string(d.shared_limit) + " bytes");
+    }
+    plan.splits = 1;
+    plan.shared = wgmma_shared(plan.nu, s, plan.slots).bytes;
+    return plan;
+}
+
 inline Kernel chosen_kernel(const Shape& s, const Device& d) {
     for (const Rule& rule : kRules) {
         const bool here = rule.sm_from <= d.sm && d.sm <= rule.sm_to && s.embed <= rule.max_embed;
@@ -136,7 +161,7 @@ inline Plan plan_of(Kernel kernel, const Shape& s, const Device& d) {
         case Kernel::fused: return plan_fused(s, d);
         case Kernel::split: return plan_split(s, d);
         case Kernel::two_gemms: return plan_two_gemms(s, d);
-        case Kernel::wgmma: break;
+        case Kernel::wgmma: return plan_wgmma(s, d);
     }
     throw std::invalid_argument("fused_mlp has no kernel of number " + std::to_string(static_cast<int>(kernel)));
 }

@@ -9,11 +9,9 @@
 #include <stdexcept>
 
 #include "fused_mma.cuh"
+#include "fused_wgmma.cuh"
 #include "plan.h"
 #include "two_gemms.cuh"
-#if __has_include("fused_wgmma.cuh")
-#include "fused_wgmma.cuh"
-#endif
 
 using namespace prunevit::mlp;
 using prunevit::emulator::launch;
@@ -64,14 +62,24 @@ void gemms(const Arguments& a, const Plan& p) {
     launch({rows, columns, static_cast<unsigned>(p.splits)}, kThreads, p.shared, [&] { contract<D, MT>(a); });
 }
 
+template <Dtype D, int Columns>
+void wgmma(const Arguments& a, const Plan& p) {
+    const unsigned blocks = ceil_div(a.shape.rows, kWgmmaRows);
+    launch({blocks}, kWgmmaThreads, p.shared, [&] { fused_wgmma<D, Columns>(a); }, prunevit::emulator::reset_sm90);
+}
+
 template <Dtype D>
 void run(const Arguments& a, const Plan& p) {
     if (p.kernel == Kernel::two_gemms) {
         p.mt == 4 ? gemms<D, 4, 3>(a, p) : gemms<D, 2, 2>(a, p);
     } else if (p.kernel == Kernel::wgmma) {
-#if defined(PRUNEVIT_WGMMA_COLUMNS)
-        run_wgmma<D>(a, p);
-#endif
+        switch (p.nu) {
+            case 160: return wgmma<D, 160>(a, p);
+            case 192: return wgmma<D, 192>(a, p);
+            case 320: return wgmma<D, 320>(a, p);
+            case 352: return wgmma<D, 352>(a, p);
+            default: return wgmma<D, 384>(a, p);
+        }
     } else if (p.mt == 1) {
         fused<D, 1, 8>(a, p);
     } else if (p.mt == 4) {
@@ -116,6 +124,7 @@ int main(int count, char** arguments) {
         a.reads = read<int>("reads");
         a.writes = read<int>("writes");
         a.splits = plan.splits;
+        a.slots = plan.slots;
         a.partial = poisoned(plan.partial_bytes);
         a.hidden = reinterpret_cast<uint16_t*>(poisoned(plan.hidden_bytes));
         dtype == 0 ? run<Dtype::fp16>(a, plan) : run<Dtype::bf16>(a, plan);

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from prunevit_kernels import FusedMlp
 from prunevit_kernels.fused_mlp._cuda import PackedWeights
-from torch import Tensor
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "csrc" / "cuda"

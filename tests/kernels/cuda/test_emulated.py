@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from prunevit_kernels import FusedMlp
-from prunevit_kernels.fused_mlp.reference import ACTIVATIONS
 from torch import Tensor
 
+from prunevit_kernels import FusedMlp
+from prunevit_kernels.fused_mlp.reference import ACTIVATIONS
 from tests.kernels.cuda.emulation import H100, ONE_SM, RTX_4090, Gpu, draw, emulate
 from tests.kernels.half_precision import assert_as_good_as_eager, eager_of, rounded, same_bits
 
@@ -90,10 +90,17 @@ SHAPES = {
 }
 
 
+KERNELS = ["fused", "split", "two_gemms", "wgmma"]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kernel", ["fused", "split", "two_gemms"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_on_every_shape(emulator: Path, tmp_path: Path, shape: str, kernel: str) -> None:
     embed, hidden = SHAPES[shape]
+    if kernel == "wgmma" and embed > 384:
+        with pytest.raises(RuntimeError, match="'wgmma': .* E=483 .* needs sm_90, E <= 512, N <= 384"):
+            check(emulator, tmp_path, draw(embed, hidden), 35, kernel=kernel)
+        return
     gpu = H100 if kernel == "split" else ONE_SM
     plan = check(emulator, tmp_path, draw(embed, hidden), 35, kernel=kernel, gpu=gpu)
     assert plan.startswith(kernel)
@@ -101,7 +108,7 @@ def test_every_kernel_on_every_shape(emulator: Path, tmp_path: Path, shape: str,
         assert "splits=1 " not in plan
 
 
-@pytest.mark.parametrize("kernel", ["fused", "split", "two_gemms"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 64, 65, 127, 129, 197])
 def test_row_tails(emulator: Path, tmp_path: Path, kernel: str, rows: int) -> None:
     check(emulator, tmp_path, draw(37, 83), rows, kernel=kernel, gpu=H100 if kernel == "split" else ONE_SM)
@@ -116,6 +123,11 @@ def test_row_tails(emulator: Path, tmp_path: Path, kernel: str, rows: int) -> No
         ("fused", 483, 70, TWO_SMS, "mt=2 nu=8"),
         ("fused", 153, 70, H100, "mt=1 nu=8"),
         ("split", 483, 40, H100, "mt=1 nu=8"),
+        ("wgmma", 153, 140, H100, "nu=160"),
+        ("wgmma", 192, 30, H100, "nu=192"),
+        ("wgmma", 307, 30, H100, "nu=320"),
+        ("wgmma", 345, 30, H100, "nu=352"),
+        ("wgmma", 384, 70, H100, "nu=384"),
         ("two_gemms", 307, 260, ONE_SM, "mt=4"),
         ("two_gemms", 307, 70, RTX_4090, "mt=2"),
     ],
@@ -127,20 +139,20 @@ def test_every_instance(
     assert instance in check(emulator, tmp_path, draw(embed, 100), rows, dtype=dtype, kernel=kernel, gpu=gpu)
 
 
-@pytest.mark.parametrize("kernel", ["fused", "split", "two_gemms"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu", "relu"])
 def test_activations(emulator: Path, tmp_path: Path, kernel: str, act: str) -> None:
     check(emulator, tmp_path, draw(48, 96, act=act), 33, kernel=kernel)
 
 
-@pytest.mark.parametrize("kernel", ["fused", "split", "two_gemms"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_lists_of_channels_and_layer_scale(emulator: Path, tmp_path: Path, kernel: str) -> None:
     order = torch.randperm(153, generator=torch.Generator().manual_seed(0)).tolist()
     op = draw(153, 77, reads=tuple(order[:90]), writes=tuple(order[40:141]), gamma=True)
     check(emulator, tmp_path, op, 35, kernel=kernel, gpu=H100 if kernel == "split" else ONE_SM)
 
 
-@pytest.mark.parametrize("kernel", ["fused", "split", "two_gemms"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_that_no_wide_copy_can_read(emulator: Path, tmp_path: Path, kernel: str) -> None:
     check(emulator, tmp_path, draw(37, 70, biases=False), 35, kernel=kernel, pitch=37)
 
