@@ -46,6 +46,7 @@ def spec_of(model: nn.Module) -> ViTSpec:
     vit: Any = model
     distilled = isinstance(model, VisionTransformerDistilled)
     _require(vit.patch_embed, "patch_embed", PatchEmbed)
+    _require(vit.patch_embed.proj, "patch_embed.proj", nn.Conv2d)
     if vit.patch_embed.img_size is None:
         raise UnsupportedModel("patch_embed.img_size is None: expected an image size that position embeddings fit")
     if vit.pos_embed is None:
@@ -118,8 +119,8 @@ def _block_of(block: nn.Module, where: str, norms: _Norms) -> BlockSpec:
     for name, module in ((f"{where}.attn.{n}", getattr(attn, n, None)) for n in ("q_norm", "k_norm", "norm", "gate")):
         _absent(module, name)
     _absent(getattr(b.mlp, "norm", None), f"{where}.mlp.norm")
-    for linear in ("fc1", "fc2"):
-        _require(getattr(b.mlp, linear), f"{where}.mlp.{linear}", nn.Linear)
+    for linear in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        _require(block.get_submodule(linear), f"{where}.{linear}", nn.Linear)
     for name in ("norm1", "norm2"):
         if not norms.has(getattr(b, name), f"{where}.{name}"):
             raise UnsupportedModel(f"{where}.{name} is Identity: expected LayerNorm")
