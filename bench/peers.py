@@ -117,7 +117,7 @@ def peak_peer(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     """Not a model: the rate of fused multiply-adds that the cores reach with nothing to load."""
     from prunevit_kernels import _cpu
 
-    return lambda: _cpu.fma_peak(job["threads"], 100), {"returns": "gflops"}
+    return lambda: _cpu.fma_peak(job["threads"], 100) / 1e9, {"returns": "gflops"}
 
 
 BUILD: dict[str, Callable[[dict[str, Any]], tuple[Run, dict[str, Any]]]] = {
