@@ -6,6 +6,8 @@ from .method import Method, Scorer
 from .plan import BlockPlan, Plan
 from .prune import METHODS, prune
 from .ranking import Ranking
+from .recipe import Recipe
+from .recover import History, Step, accuracy, recover
 from .surgery import compact
 
 __all__ = [
@@ -14,11 +16,16 @@ __all__ = [
     "BlockPlan",
     "Budget",
     "Group",
+    "History",
     "Method",
     "Plan",
     "Ranking",
+    "Recipe",
     "Scorer",
+    "Step",
+    "accuracy",
     "compact",
     "groups_of",
     "prune",
+    "recover",
 ]

@@ -4,8 +4,8 @@ Molchanov et al., "Importance Estimation for Neural Network Pruning" (arXiv 1906
 "Are Sixteen Heads Really Better than One?" (arXiv 1905.10650, §4.1). For an activation a that a linear layer reads with
 weights w, a · ∂L/∂a = Σ w · ∂L/∂w over what the unit writes, so that gradients of weights suffice. Our reading: a pair
 is read by the other side of its own product, hence Σ over its rows of q; a residual channel is read through LayerNorms,
-hence Σ over their weights and biases (or over the classifier's columns, where no norm is before it); absolute values are
-taken per batch, then summed.
+hence Σ over their weights and biases (or over the classifier's columns, where no norm is before it); absolute values
+are taken per batch, then summed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,133 @@
+"""Recipe: how a pruned model is trained again, and what it learns from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import PruningError, expect
+from .plan import Plan
+
+Distillation = Literal["hard", "soft", "feature"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of :func:`recover`, with timm's names where timm has them.
+
+    ``lr`` is that of the whole batch (no scaling by batch size). ``distillation`` matters where there is a teacher:
+    ``hard`` learns its class, ``soft`` its probabilities at ``temperature``, ``feature`` also its pooled features;
+    ``alpha`` is its share of the loss. ``accumulate`` batches make one step. ``ema_decay`` keeps a moving average,
+    which the model ends with. ``amp`` None means on CUDA only. ``max_steps`` ends training early, the schedule with it.
+    """
+
+    epochs: int = 10
+    lr: float = 5e-4
+    opt: str = "adamw"
+    weight_decay: float = 0.05
+    sched: str = "cosine"
+    warmup_epochs: int = 0
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-6
+    clip_grad: float | None = None
+    smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    distillation: Distillation = "soft"
+    alpha: float = 0.5
+    temperature: float = 1.0
+    accumulate: int = 1
+    ema_decay: float | None = None
+    amp: bool | None = None
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    max_steps: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = get_args(Distillation)
+        expect(
+            self.distillation in known, PruningError, f"distillation out of {', '.join(known)}", got=self.distillation
+        )
+        for name in ("epochs", "accumulate", "lr", "temperature"):
+            expect(getattr(self, name) > 0, PruningError, f"{name} above 0", got=getattr(self, name))
+        for name in ("alpha", "smoothing"):
+            expect(0 <= getattr(self, name) <= 1, PruningError, f"{name} between 0 and 1", got=getattr(self, name))
+        if self.ema_decay is not None:
+            expect(0 < self.ema_decay < 1, PruningError, "ema_decay between 0 and 1", got=self.ema_decay)
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Self:
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        expect(not unknown, PruningError, f"options of recover out of {', '.join(known)}", got=", ".join(unknown))
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Student(nn.Module):
+    """A model that also gives its pooled features: one forward call, so that torchrun's wrapper sees all of it."""
+
+    def __init__(self, model: nn.Module, features: bool) -> None:
+        super().__init__()
+        self.model, self.features = model, features
+
+    def forward(self, images: Tensor) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None]:
+        if not self.features:
+            return self.model(images), None
+        model: Any = self.model
+        tokens = model.forward_features(images)
+        return model.forward_head(tokens), model.forward_head(tokens, pre_logits=True)
+
+
+class Loss:
+    """Cross entropy with the labels, and what the teacher adds."""
+
+    def __init__(self, recipe: Recipe, student: nn.Module, teacher: nn.Module | None) -> None:
+        self.recipe, self.teacher = (
+            recipe,
+            None if teacher is None else Student(teacher, self.features(recipe, teacher)),
+        )
+        self.channels: Tensor | None = None
+        plan = getattr(student, "plan", None)
+        if teacher is not None and recipe.distillation == "feature":
+            width, own = (getattr(m, "num_features", None) for m in (teacher, student))
+            if width != own:
+                dense = None if plan is None else Plan.from_dict(plan)
+                fits = dense is not None and dense.dense.embed_dim == width and len(dense.channels) == own
+                expect(
+                    fits, PruningError, f"feature distillation from a teacher of width {own} or of the plan", got=width
+                )
+                assert dense is not None
+                self.channels = torch.tensor(dense.channels)
+
+    @staticmethod
+    def features(recipe: Recipe, teacher: nn.Module | None) -> bool:
+        return teacher is not None and recipe.distillation == "feature"
+
+    def __call__(
+        self, output: tuple[Tensor | tuple[Tensor, Tensor], Tensor | None], images: Tensor, target: Tensor
+    ) -> Tensor:
+        logits, features = output
+        # a distilled model in training gives a pair: one head learns from the labels, the other from the teacher
+        to_label, to_teacher = logits if isinstance(logits, tuple) else (logits, logits)
+        loss = F.cross_entropy(to_label.float(), target, label_smoothing=self.recipe.smoothing)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            taught, seen = self.teacher(images)
+        alpha, t = self.recipe.alpha, self.recipe.temperature
+        if self.recipe.distillation == "hard":
+            lesson = F.cross_entropy(to_teacher.float(), taught.argmax(-1))
+        else:
+            p, q = (x.float().div(t).log_softmax(-1) for x in (to_teacher, taught))
+            lesson = F.kl_div(p, q, reduction="batchmean", log_target=True) * t * t
+        if features is not None:
+            seen = seen if self.channels is None else seen[..., self.channels.to(seen.device)]
+            lesson = lesson + (features - seen).float().square().mean() / seen.float().square().mean().clamp_min(1e-12)
+        return (1 - alpha) * loss + alpha * lesson

@@ -1,0 +1,273 @@
+"""recover(): fine-tune a pruned model, or distil the dense one into it. timm's optimisers, schedulers and mixup."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import CheckpointError, PruningError, expect
+from .method import evaluating
+from .recipe import Loss, Recipe, Student
+from .training_state import read_facts, read_state, write_state
+
+Batches: TypeAlias = Iterable[Sequence[Tensor]]
+History: TypeAlias = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step, for progress bars."""
+
+    step: int  # from 1
+    total: int
+    epoch: int  # from 0
+    loss: float
+    lr: float
+
+
+def recover(
+    model: nn.Module,
+    data: Batches,
+    *,
+    teacher: nn.Module | None = None,
+    validation: Batches | None = None,
+    state: str | os.PathLike[str] | None = None,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
+    on_step: Callable[[Step], None] | None = None,
+    **recipe: Any,
+) -> History:
+    """Train ``model`` in place on batches of (images, labels); returns loss, lr and accuracy of each epoch.
+
+    ``data`` has a length. With a ``teacher`` (in evaluation mode, left as it is), ``distillation`` is added.
+    ``validation`` is evaluated after each epoch. ``state`` names a file that the run writes after each epoch and
+    resumes from, to exactly what an uninterrupted run would have come to. ``penalty`` adds to the loss of each batch;
+    ``on_step`` is called after each step. The others are the fields of :class:`Recipe`. Under ``torchrun`` gradients
+    are averaged over the processes, and batches dealt out to them unless ``data`` has a distributed sampler.
+
+    Chance comes from the recipe's seed and the epoch alone (a loader's own generators are seeded too); the caller's
+    random state is left as it was. Raises :class:`PruningError` on options that do not exist and on a loss that is no
+    number, :class:`CheckpointError` on a state of another run.
+    """
+    run = _Run(model, data, teacher, validation, Recipe.of(recipe), None if state is None else Path(state))
+    run.penalty, run.on_step = penalty, on_step
+    with _own_chance(run.device), evaluating(teacher) if teacher is not None else _nothing():
+        return run.train()
+
+
+def accuracy(model: nn.Module, data: Batches) -> float:
+    """The share of images whose highest logit is their label's."""
+    device = next(model.parameters()).device
+    right = seen = 0
+    with evaluating(model), torch.no_grad():
+        for images, labels in data:
+            right += int((model(images.to(device)).argmax(-1) == labels.to(device)).sum())
+            seen += len(labels)
+    expect(seen > 0, PruningError, "at least one image to measure accuracy on", got="none")
+    return right / seen
+
+
+class _Run:
+    penalty: Callable[[nn.Module], Tensor] | None = None
+    on_step: Callable[[Step], None] | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Batches,
+        teacher: nn.Module | None,
+        validation: Batches | None,
+        recipe: Recipe,
+        state: Path | None,
+    ) -> None:
+        self.model, self.data, self.validation, self.recipe, self.state = model, data, validation, recipe, state
+        self.device = next(model.parameters()).device
+        self.rank, self.world = _join_processes(self.device)
+        self.dealt = not isinstance(getattr(data, "sampler", None), torch.utils.data.DistributedSampler)
+        expect(
+            isinstance(data, Sized), PruningError, "data with a length, such as a DataLoader", got=type(data).__name__
+        )
+        batches = len(data) // (self.world if self.dealt else 1)  # type: ignore[arg-type]
+        expect(batches > 0, PruningError, f"a batch for each of {self.world} processes", got=f"{batches} batches")
+        self.batches, self.updates = batches, -(-batches // recipe.accumulate)
+        self.total = min(recipe.max_steps or 2**62, recipe.epochs * self.updates)
+        self.loss = Loss(recipe, model, teacher)
+        student = Student(model, Loss.features(recipe, teacher))
+        self.student: nn.Module = DistributedDataParallel(student) if self.world > 1 else student
+        self.optimizer = create_optimizer_v2(model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=recipe.sched,
+            num_epochs=-(-self.total // self.updates),
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_lr=recipe.warmup_lr,
+            min_lr=recipe.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=self.updates,
+        )
+        amp = self.device.type == "cuda" if recipe.amp is None else recipe.amp
+        self.autocast = torch.autocast(self.device.type, getattr(torch, recipe.amp_dtype), enabled=amp)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and recipe.amp_dtype == "float16")  # type: ignore[attr-defined]
+        self.ema = None if recipe.ema_decay is None else ModelEmaV3(model, decay=recipe.ema_decay)
+        self.mix: Any = None
+        if recipe.mixup or recipe.cutmix:
+            classes: Any = getattr(model, "num_classes", None)
+            # smoothing is the loss's, for mixed and plain labels alike
+            self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=classes)
+        self.step, self.history = 0, History()
+
+    def train(self) -> History:
+        was_training = self.model.training
+        self._resume()
+        for epoch in range(len(self.history), self.recipe.epochs):
+            if self.step >= self.total:
+                break
+            self._seed(epoch)
+            self.student.train()
+            mean = self._epoch(epoch)
+            facts = {"epoch": epoch, "steps": self.step, "loss": mean, "lr": self.optimizer.param_groups[0]["lr"]}
+            if self.validation is not None:
+                facts["accuracy"] = accuracy(self._best(), self.validation)
+            self.history.append(facts)
+            self._save()
+        if self.ema is not None:
+            self.model.load_state_dict(self.ema.module.state_dict())
+        self.model.train(was_training)
+        return self.history
+
+    def _epoch(self, epoch: int) -> float:
+        losses, waiting, group = [], 0, 0
+        self.optimizer.zero_grad()
+        for at, (images, labels) in enumerate(self._dealt_out()):
+            if at % self.recipe.accumulate == 0:
+                group = min(self.recipe.accumulate, self.batches - at)
+            images, target = images.to(self.device), labels.to(self.device)
+            if self.mix is not None:
+                images, target = self.mix(images, target)
+            with self.autocast:
+                output = self.student(images)
+                loss = self.loss(output, images, target)
+            if self.penalty is not None:
+                loss = loss + self.penalty(self.model)
+            value = loss.item()
+            if not np.isfinite(value):
+                raise PruningError(
+                    f"expected a finite loss, got {value} at step {self.step}: lower lr, or set clip_grad"
+                )
+            self.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
+            losses.append(value)
+            waiting += 1
+            if waiting == group:
+                self._update(epoch, value)
+                waiting = 0
+                if self.step >= self.total:
+                    break
+        return float(np.mean(losses))
+
+    def _update(self, epoch: int, loss: float) -> None:
+        # timm's schedulers count updates from 1: the first step of a warm-up has already left its floor
+        self.scheduler.step_update(self.step)
+        if self.recipe.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step)
+        if self.on_step is not None:
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.on_step(Step(self.step, self.total, epoch, loss, lr))
+
+    def _dealt_out(self) -> Iterator[Sequence[Tensor]]:
+        if not self.dealt or self.world == 1:
+            return iter(self.data)
+        return islice(islice(iter(self.data), self.rank, None, self.world), self.batches)
+
+    def _best(self) -> nn.Module:
+        return self.model if self.ema is None else self.ema.module
+
+    def _seed(self, epoch: int) -> None:
+        seed = (self.recipe.seed * 1_000_003 + epoch) % 2**32
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        loader: Any = self.data
+        for generator in (
+            getattr(loader, "generator", None),
+            getattr(getattr(loader, "collate_fn", None), "generator", None),
+        ):
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+        if not self.dealt:
+            loader.sampler.set_epoch(epoch)
+
+    # -- on disk -----------------------------------------------------------------------------------------------------
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
+
+    def _identity(self) -> dict[str, Any]:
+        spec = getattr(self.model, "spec", None)
+        return {"recipe": self.recipe.to_dict(), "updates": self.updates, "spec": spec and spec.to_dict()}
+
+    def _resume(self) -> None:
+        if self.state is None or not self.state.exists():
+            return
+        facts = read_facts(self.state)
+        for name, value in self._identity().items():
+            expect(
+                facts.get(name) == value,
+                CheckpointError,
+                f"{self.state} to be of this run, {name} {value}",
+                got=facts.get(name),
+            )
+        read_state(self.state, self._modules(), self.optimizer)
+        self.history, self.step = facts["history"], facts["step"]
+        self.scaler.load_state_dict(facts["scaler"])
+
+    def _save(self) -> None:
+        if self.state is not None and self.rank == 0:
+            progress = {"history": self.history, "step": self.step, "scaler": self.scaler.state_dict()}
+            write_state(self.state, self._modules(), self.optimizer, self._identity() | progress)
+        if self.state is not None and self.world > 1:
+            dist.barrier()
+
+
+def _join_processes(device: torch.device) -> tuple[int, int]:
+    """Rank and number of processes, as torchrun set them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def _own_chance(device: torch.device) -> Iterator[None]:
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

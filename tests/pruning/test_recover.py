@@ -1,0 +1,207 @@
+"""Recovery learns, repeats itself, resumes, and trains only what the compact model has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from prunevit.errors import CheckpointError, PruningError
+from prunevit.models import PrunedViT
+from prunevit.pruning import Step, accuracy, prune, recover
+from prunevit.pruning.recipe import Loss, Recipe, Student
+from tests.specs import SPECS, block, random_images, random_model, vit
+
+SPEC = vit(block(), block(), embed_dim=32)
+
+
+def problem(images: int = 32) -> DataLoader[tuple[torch.Tensor, ...]]:
+    """Seven classes, each a constant brightness: quickly learnt."""
+    labels = torch.arange(images) % 7
+    noise = torch.randn(images, 3, 12, 16, generator=torch.Generator().manual_seed(0))
+    dataset = TensorDataset(noise * 0.1 + labels.view(-1, 1, 1, 1) / 2, labels)
+    return DataLoader(dataset, 8, shuffle=True, generator=torch.Generator().manual_seed(5))
+
+
+def fresh() -> PrunedViT:
+    torch.manual_seed(0)
+    return PrunedViT(SPEC)
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_it_learns_and_says_how_far_it_is() -> None:
+    model, steps = random_model(SPEC), list[Step]()
+    data = problem()
+    history = recover(model, data, validation=data, epochs=10, lr=3e-3, on_step=steps.append)
+    assert [s.step for s in steps] == list(range(1, 41))
+    assert steps[0].total == 40
+    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+    assert history[-1]["accuracy"] == accuracy(model, data) > 0.4
+
+
+def test_the_same_seed_gives_the_same_weights_and_leaves_the_callers_chance() -> None:
+    before = torch.random.get_rng_state()
+    models = [fresh() for _ in range(3)]
+    before = torch.random.get_rng_state()
+    for model, seed in zip(models, (0, 0, 1)):
+        recover(model, problem(), epochs=2, mixup=0.8, cutmix=1.0, seed=seed)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(weights(models[0]), weights(models[1]))
+    assert not torch.equal(weights(models[0]), weights(models[2]))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {},
+        {"ema_decay": 0.9, "accumulate": 4, "mixup": 0.8, "cutmix": 1.0, "warmup_epochs": 1, "clip_grad": 1.0},
+        {"opt": "sgd", "sched": "step", "amp": True},
+    ],
+    ids=["plain", "everything", "amp"],
+)
+def test_an_interrupted_run_resumes_to_the_same_weights(recipe: dict[str, object], tmp_path: Path) -> None:
+    whole, broken = fresh(), fresh()
+    history = recover(whole, problem(), epochs=3, **recipe)
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(step: Step) -> None:
+        if step.epoch == 1:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        recover(broken, problem(), epochs=3, state=tmp_path / "run", on_step=stop, **recipe)
+    again = fresh()
+    assert recover(again, problem(), epochs=3, state=tmp_path / "run", **recipe) == history
+    assert torch.equal(weights(again), weights(whole))
+    with pytest.raises(CheckpointError, match="of this run"):
+        recover(fresh(), problem(), epochs=4, state=tmp_path / "run", **recipe)
+    (tmp_path / "run").write_bytes(b"no such thing")
+    with pytest.raises(CheckpointError, match="delete it"):
+        recover(fresh(), problem(), epochs=3, state=tmp_path / "run", **recipe)
+
+
+def test_accumulating_batches_is_one_larger_batch() -> None:
+    images, labels = random_images(SPEC, 16), torch.arange(16) % 7
+    split = [(images[i : i + 4], labels[i : i + 4]) for i in range(0, 16, 4)]
+    one, four = fresh().double(), fresh().double()
+    recover(one, [(images.double(), labels)], epochs=2, opt="sgd", lr=0.1)
+    recover(four, [(x.double(), y) for x, y in split], epochs=2, opt="sgd", lr=0.1, accumulate=4)
+    torch.testing.assert_close(weights(four), weights(one))
+
+
+def test_an_average_is_what_the_model_ends_with() -> None:
+    plain, averaged = fresh(), fresh()
+    start = weights(plain)
+    recover(plain, problem(), epochs=1)
+    recover(averaged, problem(), epochs=1, ema_decay=0.99)
+    assert (weights(averaged) - start).norm() < 0.6 * (weights(plain) - start).norm()
+
+
+@pytest.mark.parametrize("distillation", ["hard", "soft", "feature"])
+def test_a_teacher_draws_its_student_nearer(distillation: str) -> None:
+    teacher = random_model(SPEC)
+    images = random_images(SPEC, 32)
+    data = [(images, torch.zeros(32, dtype=torch.long))]
+    student = prune(teacher, "magnitude", {"macs": "70%"}, groups=("qk", "v", "mlp", "channel"))
+
+    def distance() -> float:
+        with torch.no_grad():
+            p, q = (m.eval()(images).log_softmax(-1) for m in (student, teacher))
+        if distillation == "hard":
+            return float(F.nll_loss(p, q.argmax(-1)))
+        return float(F.kl_div(p, q, reduction="batchmean", log_target=True))
+
+    before, teachers = distance(), weights(teacher)
+    recover(student, data, teacher=teacher, epochs=15, lr=2e-3, alpha=1.0, distillation=distillation)
+    assert distance() < 0.7 * before
+    assert torch.equal(weights(teacher), teachers)
+    assert not teacher.training
+
+
+def test_losses_are_what_they_say() -> None:
+    teacher, student = random_model(SPEC), random_model(SPEC, seed=1)
+    images, labels = random_images(SPEC, 4), torch.tensor([0, 1, 2, 3])
+    s, t = student(images), teacher(images)
+    ce = F.cross_entropy(s, labels)
+    soft = (t / 2).softmax(-1)
+    kl = (soft * (soft.log() - (s / 2).log_softmax(-1))).sum(-1).mean() * 4
+    hard = F.cross_entropy(s, t.argmax(-1))
+    a, b = (m.forward_head(m.forward_features(images), pre_logits=True) for m in (student, teacher))
+    feature = kl + ((a - b) ** 2).mean() / (b**2).mean()
+    for name, lesson in (("hard", hard), ("soft", kl), ("feature", feature)):
+        recipe = Recipe(distillation=name, alpha=0.25, temperature=2.0)  # type: ignore[arg-type]
+        loss = Loss(recipe, student, teacher)
+        got = loss(Student(student, Loss.features(recipe, teacher))(images), images, labels)
+        torch.testing.assert_close(got, 0.75 * ce + 0.25 * lesson)
+
+
+def test_a_distilled_model_teaches_its_second_head() -> None:
+    spec = SPECS["distilled"]
+    model, teacher = random_model(spec), random_model(spec, seed=1)
+    model.set_distilled_training(True)
+    before = model.head_dist.weight.detach().clone()
+    recover(model, [(random_images(spec), torch.tensor([0, 1, 2]))], teacher=teacher, epochs=1, distillation="hard")
+    assert not torch.equal(model.head_dist.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"epoch": 3}, "options of recover"),
+        ({"distillation": "harder"}, "hard, soft, feature"),
+        ({"epochs": 0}, "epochs"),
+        ({"alpha": 2.0}, "alpha"),
+        ({"lr": 1e12, "opt": "sgd", "epochs": 20}, "finite loss"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, object], reason: str) -> None:
+    with pytest.raises(PruningError, match=reason):
+        recover(fresh(), problem(), **options)
+
+
+def test_data_without_a_length_is_refused() -> None:
+    with pytest.raises(PruningError, match="length"):
+        recover(fresh(), (batch for batch in problem()), epochs=1)
+
+
+WORKER = """
+import torch
+from tests.pruning.test_recover import fresh, weights, SPEC
+from tests.specs import random_images
+from prunevit.pruning import recover
+images, labels = random_images(SPEC, 8).double(), torch.arange(8) % 7
+data = [(images[:4], labels[:4]), (images[4:], labels[4:])]
+model = fresh().double()
+recover(model, data, epochs=3, opt="sgd", lr=0.1)
+one = fresh().double()
+import torch.distributed as dist, os
+rank = dist.get_rank()
+dist.destroy_process_group()
+os.environ["WORLD_SIZE"] = "1"
+recover(one, [(images, labels)], epochs=3, opt="sgd", lr=0.1)
+torch.testing.assert_close(weights(model), weights(one))
+print(f"same {rank}\\n", end="", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_under_torchrun_are_one_larger_batch(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.split()) == ["0", "1", "same", "same"]
