@@ -1,0 +1,205 @@
+"""``timm.create_model`` on a checkpoint directory: as saved, and with timm's own overrides."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.layers import resample_abs_pos_embed
+from timm.models import PretrainedCfg
+from timm.models._hub import _parse_model_cfg
+
+import prunevit.models.registry as registry
+from prunevit import checkpoint
+from prunevit.errors import CheckpointError, SpecError
+from prunevit.models import PrunedViT
+from prunevit.models.registry import pretrained_cfg_of
+from tests.specs import SPECS, random_images, random_model
+
+
+def created(directory: Path, **overrides: Any) -> Any:
+    return timm.create_model(f"local-dir:{directory}", pretrained=True, **overrides).eval()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_timm_builds_what_was_saved(name: str, tmp_path: Path) -> None:
+    spec = SPECS[name]
+    model, images = random_model(spec), random_images(spec)
+    again = created(checkpoint.save(model, tmp_path / "vit"))
+    assert isinstance(again, PrunedViT)
+    assert again.spec == spec
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))
+
+
+@pytest.mark.parametrize("name", ["one_head_13_by_12", "distilled", "no_classes"])
+def test_another_number_of_classes(name: str, tmp_path: Path) -> None:
+    model, images = random_model(SPECS[name]), random_images(SPECS[name])
+    directory = checkpoint.save(model, tmp_path / "vit")
+    again = created(directory, num_classes=5)
+    assert again.spec == model.spec.replace(num_classes=5)
+    with torch.no_grad():
+        assert again(images).shape == (3, 5)
+        assert torch.equal(again.forward_features(images), model.forward_features(images))
+        assert created(directory, num_classes=0)(images).shape == (3, model.embed_dim)
+
+
+def test_another_number_of_channels(tmp_path: Path) -> None:
+    model = random_model(SPECS["uniform"])
+    again = created(checkpoint.save(model, tmp_path / "vit"), in_chans=1)
+    kernel = again.patch_embed.proj.weight
+    torch.testing.assert_close(kernel, model.patch_embed.proj.weight.sum(dim=1, keepdim=True))
+    assert again.spec.in_chans == 1
+
+
+@pytest.mark.parametrize("name", ["registers", "registers_not_embedded", "image_with_a_remainder"])
+def test_another_image_size(name: str, tmp_path: Path) -> None:
+    model = random_model(SPECS[name])
+    again = created(checkpoint.save(model, tmp_path / "vit"), img_size=24)
+    assert again.spec.grid_size == (6, 6)
+    assert again(torch.randn(2, 3, 24, 24)).shape == (2, 7)
+    prefix = 0 if model.spec.no_embed_class else model.num_prefix_tokens
+    want = resample_abs_pos_embed(model.pos_embed, [6, 6], list(model.spec.grid_size), prefix)
+    torch.testing.assert_close(again.pos_embed, want)
+
+
+def test_an_image_too_small_for_the_tokens_kept_is_refused(tmp_path: Path) -> None:
+    directory = checkpoint.save(random_model(SPECS["select_before_mlp"]), tmp_path / "vit")
+    with pytest.raises(SpecError, match=r"blocks\.1\.select\.keep"):
+        created(directory, img_size=8)
+
+
+def test_another_pooling(tmp_path: Path) -> None:
+    images = random_images(SPECS["attention_pool"])
+    directory = checkpoint.save(random_model(SPECS["attention_pool"]), tmp_path / "vit")
+    again = created(directory, global_pool="avg")
+    assert (again.spec.attn_pool, again(images).shape) == (None, (3, 7))
+
+
+def test_dropout_rates_and_dynamic_sizes(tmp_path: Path) -> None:
+    directory = checkpoint.save(random_model(SPECS["uniform"]), tmp_path / "vit")
+    again = created(directory, drop_path_rate=0.2, drop_rate=0.1, dynamic_img_size=True)
+    assert again.head_drop.p == 0.1
+    assert again.blocks[1].drop_path1.drop_prob == pytest.approx(0.2)
+    assert again(torch.randn(1, 3, 20, 8)).shape == (1, 7)
+
+
+def test_features_only(tmp_path: Path) -> None:
+    spec = SPECS["registers"]
+    model, images = random_model(spec), random_images(spec)
+    directory = checkpoint.save(model, tmp_path / "vit")
+    features = created(directory, features_only=True, out_indices=[0, 1])
+    with torch.no_grad():
+        want = model.forward_intermediates(images, intermediates_only=True)
+        for got, expected in zip(features(images), want, strict=True):
+            assert torch.equal(got, expected)
+    assert features.feature_info.channels() == [29, 29]
+    assert [f.shape for f in created(directory, features_only=True)(images)] == [(3, 29, 3, 4)] * 2
+
+
+def test_no_overrides_no_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = checkpoint.save(random_model(SPECS["distilled"]), tmp_path / "vit")
+    with caplog.at_level(logging.WARNING, logger="timm"):
+        model = created(directory)
+    assert caplog.records == []
+    assert model.pretrained_cfg["classifier"] == ["head", "head_dist"]
+    assert model.pretrained_cfg["first_conv"] == "patch_embed.proj"
+    assert tuple(resolve_data_config(model=model)["input_size"]) == (3, 12, 16)
+
+
+def test_half_precision_weights_load_into_fp32(tmp_path: Path) -> None:
+    directory = checkpoint.save(random_model(SPECS["uniform"]).to(torch.bfloat16), tmp_path / "vit")
+    assert {p.dtype for p in created(directory).parameters()} == {torch.float32}
+
+
+def test_without_weights() -> None:
+    model: Any = timm.create_model("prunevit", spec=SPECS["evit"].to_dict())
+    assert model.spec == SPECS["evit"]
+    assert model.pretrained_cfg["input_size"] == [3, 12, 16]
+    with pytest.raises(SpecError, match="model_args"):
+        timm.create_model("prunevit")
+
+
+def test_the_hub_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``hf-hub:`` goes, with the download taken out: config parsed by timm, weights asked for by their safe name."""
+    model, images = random_model(SPECS["uniform"]), random_images(SPECS["uniform"])
+    directory = checkpoint.save(model, tmp_path / "vit")
+    config = json.loads((directory / "config.json").read_text("utf-8"))
+    cfg, name, args = _parse_model_cfg(config, {"hf_hub_id": "someone/vit", "source": "hf-hub"})
+    assert name == "prunevit"
+    assert PretrainedCfg(**cfg).hf_hub_id == "someone/vit"
+    asked = []
+
+    def download(hub_id: str, filename: str, **_: Any) -> dict[str, torch.Tensor]:
+        asked.append((hub_id, filename))
+        return dict(model.state_dict())
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", download)
+    monkeypatch.setattr("timm.models._builder.has_hf_hub", lambda necessary: True)
+    again: Any = timm.create_model(name, pretrained=True, pretrained_cfg=cfg, **args)
+    assert asked == [("someone/vit", "model.safetensors")]
+    with torch.no_grad():
+        assert torch.equal(again.eval()(images), model(images))
+
+
+def test_unknown_fields_of_a_later_timm_are_left_out(tmp_path: Path) -> None:
+    directory = checkpoint.save(random_model(SPECS["uniform"]), tmp_path / "vit")
+    config = json.loads((directory / "config.json").read_text("utf-8"))
+    config["pretrained_cfg"]["of_a_later_timm"] = 1
+    (directory / "config.json").write_text(json.dumps(config), "utf-8")
+    assert created(directory).num_classes == 7
+
+
+def test_a_pickle_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(SPECS["uniform"])
+    directory = checkpoint.save(model, tmp_path / "vit")
+    (directory / "model.safetensors").unlink()
+    torch.save(model.state_dict(), directory / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: expected a file"):
+        created(directory)
+
+
+def test_a_spec_larger_than_its_file_allocates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = checkpoint.save(random_model(SPECS["uniform"]), tmp_path / "vit")
+    config = json.loads((directory / "config.json").read_text("utf-8"))
+    config["model_args"]["spec"]["blocks"][0]["mlp_dim"] = 2**18
+    (directory / "config.json").write_text(json.dumps(config), "utf-8")
+    monkeypatch.setattr(registry, "_build", lambda *_, **__: pytest.fail("the model was built"))
+    with pytest.raises(CheckpointError, match="expected at least"):
+        created(directory)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    directory = checkpoint.save(random_model(SPECS["uniform"]), tmp_path / "vit")
+    state = load_file(directory / "model.safetensors")
+    state["blocks.1.mlp.fc2.bias"][3] = float("nan")
+    save_file(state, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.mlp\.fc2\.bias: expected finite"):
+        created(directory)
+
+
+def test_labels_and_preprocessing_are_kept() -> None:
+    base = {
+        "url": "https://example.com/weights.bin",
+        "hf_hub_id": "timm/",
+        "custom_load": True,
+        "tag": "fb_in1k",
+        "num_classes": 7,
+        "crop_pct": 0.9,
+        "mean": (0.5, 0.5, 0.5),
+        "label_names": ("cat",) * 7,
+        "test_input_size": (3, 288, 288),
+    }
+    cfg = pretrained_cfg_of(SPECS["uniform"], base)
+    assert (cfg["crop_pct"], cfg["mean"], cfg["label_names"]) == (0.9, (0.5, 0.5, 0.5), ("cat",) * 7)
+    assert not cfg.keys() & {"url", "hf_hub_id", "custom_load", "tag", "test_input_size"}
+    assert "label_names" not in pretrained_cfg_of(SPECS["uniform"].replace(num_classes=3), base)
