@@ -60,8 +60,10 @@ def attention_tile(target: Target, problem: Problem) -> Tile:
     if queries <= 16:
         return chosen(target, problem, Tile(block_m=16, block_n=64, warps=1, stages=3))
     widest = max(problem.variant[:2])
-    # wide heads: 64 keys would spill registers on sm_80
-    default = Tile(block_m=64, block_n=64, stages=3) if widest <= 64 else Tile(block_m=64, block_n=32, stages=2)
+    # four warps with an accumulator of 128 columns would spill registers on sm_80
+    default = (
+        Tile(64, 64, warps=4, stages=3 if widest <= 64 else 2) if widest <= 96 else Tile(128, 64, warps=8, stages=2)
+    )
     return chosen(target, problem, default)
 
 

@@ -41,7 +41,8 @@ class Call:
             return partial(self.kernel[(self.grid,)], *self.args, **self.constants)
         compiled = self.compile()
         compiled._init_handles()
-        return partial(compiled[(self.grid, 1, 1)], *self.args, *self.constants.values())
+        in_order = [self.constants[name] for name in self.kernel.arg_names[len(self.args) :]]
+        return partial(compiled[(self.grid, 1, 1)], *self.args, *in_order)
 
     def _options(self) -> dict[str, Any]:
         # fp fusion is set because its default differs between Triton's versions

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunevit_kernels import HeadTable, Op, RaggedAttention, Target, TokenScores
+from prunevit_kernels import HeadTable, Launch, Op, RaggedAttention, Target, TokenScores
 
 Role = Literal["read", "written", "updated"]
 
@@ -65,7 +65,7 @@ def reference_on(op: Op, case: Case, inputs: list[Tensor], dtype: torch.dtype) -
     buffers = []
     for buffer, values in zip(case.buffers, inputs):
         own = dtype if dtype == torch.float64 or buffer.dtype is None else buffer.dtype
-        buffers.append(values.to(own) if buffer.role != "written" else torch.full(buffer.shape, math.nan, dtype=own))
+        buffers.append(values.to(own) if buffer.role != "written" else torch.full_like(values, math.nan, dtype=own))
     with torch.no_grad():
         op.reference(*buffers)
     return [tensor.double() for tensor, buffer in zip(buffers, case.buffers) if buffer.role != "read"]
@@ -76,6 +76,11 @@ def rounded(op: Op, dtype: torch.dtype) -> Op:
     fields = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
     weights = {k: v.to(dtype).double() for k, v in fields.items() if isinstance(v, Tensor)}
     return dataclasses.replace(op, **weights)
+
+
+def on(device: torch.device, op: Op) -> Op:
+    fields = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
+    return dataclasses.replace(op, **{k: v.to(device) for k, v in fields.items() if isinstance(v, Tensor)})
 
 
 def eager_of(op: Op, dtype: torch.dtype) -> Op:
@@ -96,25 +101,31 @@ def assert_as_good_as_eager(ours: Tensor, eager: Tensor, truth: Tensor, dtype: t
         )
 
 
-def check(case: Case, target: Target, run: Callable[[Callable[[], None]], None] = lambda launch: launch()) -> None:
+def place(case: Case, target: Target, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Fresh buffers with the inputs in them, and the storage around each."""
+    pairs = [
+        allocate(buffer, target, None if buffer.role == "written" else values)
+        for buffer, values in zip(case.buffers, inputs)
+    ]
+    return [view for view, _ in pairs], [storage for _, storage in pairs]
+
+
+def check(case: Case, target: Target, run: Callable[[Launch], None] = lambda launch: launch()) -> None:
     """Run the op as packed for ``target`` and hold it to the rule. ``run`` may launch it in some other way."""
     inputs = draw(case, target)
-    views, storages = [], []
-    for buffer, values in zip(case.buffers, inputs):
-        view, storage = allocate(buffer, target, None if buffer.role == "written" else values)
-        views.append(view)
-        storages.append(storage)
+    views, storages = place(case, target, inputs)
     before = [storage.clone() for storage in storages]
     launch = case.op.pack(target).bind(*views)
     for storage, saved in zip(storages, before):
         assert same_bits(storage, saved), "bind wrote to a buffer"
     run(launch)
 
-    truths = reference_on(rounded(case.op, target.dtype), case, inputs, torch.float64)
-    eagers = reference_on(eager_of(case.op, target.dtype), case, inputs, target.dtype)
+    inputs = [values.to(target.device) for values in inputs]
+    truths = reference_on(on(target.device, rounded(case.op, target.dtype)), case, inputs, torch.float64)
+    eagers = reference_on(on(target.device, eager_of(case.op, target.dtype)), case, inputs, target.dtype)
     written = [view for view, buffer in zip(views, case.buffers) if buffer.role != "read"]
     for view, eager, truth in zip(written, eagers, truths):
-        assert_as_good_as_eager(view.double().cpu(), eager, truth, target.dtype)
+        assert_as_good_as_eager(view.double(), eager, truth, target.dtype)
     for view, storage, saved, buffer in zip(views, storages, before, case.buffers):
         if buffer.role != "read":
             view.copy_(saved.as_strided(view.shape, view.stride(), view.storage_offset()))
