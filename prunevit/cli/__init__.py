@@ -1,0 +1,31 @@
+"""The command line: ``prunevit COMMAND``, or ``python -m prunevit COMMAND``.
+
+One module a command, each with one function ``command`` that imports what it needs when it is called: ``--help`` loads
+no torch. A new command is a module and a line here. Exit codes: 0, 1 for an error with a name, 2 for wrong usage.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from . import demo, evaluate, finetune, info, prune, run
+
+app = typer.Typer(
+    name="prunevit",
+    help="Prune a Vision Transformer into a ragged shape, and run exactly that shape.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _name, _module in {
+    "prune": prune,
+    "finetune": finetune,
+    "info": info,
+    "run": run,
+    "eval": evaluate,
+    "demo": demo,
+}.items():
+    app.command(_name, no_args_is_help=_name != "demo")(_module.command)
+
+__all__ = ["app"]

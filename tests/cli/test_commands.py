@@ -1,0 +1,292 @@
+"""Every command: what it prints as JSON, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prunevit import api, shapes
+from prunevit.data import DIGITS_CFG, data_config, load_data
+from prunevit.pruning import Plan
+
+from .conftest import Call
+
+COMMANDS = ("prune", "finetune", "info", "run", "eval", "demo")
+
+
+def digit_files(folder: Path, count: int = 3) -> list[Path]:
+    data = load_data("digits")
+    files = []
+    for i in range(count):
+        files.append(folder / f"{i}.png")
+        Image.fromarray(data.splits["test"][i][0][0].numpy()).save(files[-1])
+    return files
+
+
+def test_every_command_has_help_and_json(call: Call) -> None:
+    listed = call("--help")
+    assert listed.code == 0
+    for command in COMMANDS:
+        assert command in listed.stdout
+        answer = call(command, "--help")
+        assert answer.code == 0
+        assert "--json" in answer.stdout
+
+
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "prunevit", "info", "snp_deit_small", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert json.loads(done.stdout)["macs"] == shapes.get("snp_deit_small").macs()
+
+
+# -- info --------------------------------------------------------------------------------------------------------------
+
+
+def test_info_of_a_published_shape(call: Call) -> None:
+    spec = shapes.get("ragged_deit_small")
+    found = call("info", "ragged_deit_small", "--json").json
+    assert found["macs"] == spec.macs()
+    assert found["params"] == spec.params()
+    assert found["macs_ratio"] == spec.macs() / shapes.get("deit_small").macs()
+    assert [block["qk"] for block in found["blocks"]] == [list(block.qk_dims) for block in spec.blocks]
+    assert [block["mlp"] for block in found["blocks"]] == [block.mlp_dim for block in spec.blocks]
+    stem = spec.macs() - sum(cost.macs for cost in spec.per_block())
+    assert sum(block["macs_share"] for block in found["blocks"]) + stem / spec.macs() == pytest.approx(1)
+
+
+def test_info_of_a_checkpoint_and_a_timm_model(call: Call, checkpoint: Path) -> None:
+    found = call("info", checkpoint, "--json").json
+    assert (found["embed_dim"], found["depth"], found["num_classes"]) == (16, 2, 10)
+    timm_model = call("info", "deit_small_patch16_224", "--json").json
+    assert timm_model["macs"] == shapes.get("deit_small").macs()
+    assert timm_model["params"] == shapes.get("deit_small").params() == 22_050_664  # as published: 22 M
+
+
+def test_info_prints_a_row_a_block(call: Call) -> None:
+    text = call("info", "snp_deit_small").stdout
+    assert "25 ×6" in text
+    assert "44 % of the dense model's MACs" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert [row[0] for row in rows if len(row) > 5 and row[0].isdigit()] == [str(i) for i in range(12)]
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_info_draws_the_shape(call: Call, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"shape.{suffix}"
+    assert call("info", "ragged_deit_small", "--plot", path, "--json").json["plot"] == str(path)
+    start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
+    assert path.read_bytes().startswith(start)
+
+
+def test_the_picture_shows_the_widths(call: Call, tmp_path: Path) -> None:
+    from prunevit.plots import QK, V
+
+    def area(name: str, colour: str) -> int:
+        call("info", name, "--plot", tmp_path / "shape.png")
+        pixels = np.asarray(Image.open(tmp_path / "shape.png").convert("RGB")).astype(int)
+        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        return int((abs(pixels - wanted).max(axis=2) <= 2).sum())
+
+    for colour in (QK, V):
+        assert 100 < area("snp_deit_small", colour) < 0.8 * area("deit_small", colour)
+
+
+# -- prune, finetune, eval, run ----------------------------------------------------------------------------------------
+
+
+def test_prune_then_finetune_then_eval_then_run(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    pruned, tuned = tmp_path / "pruned", tmp_path / "tuned"
+    budget = ("--method", "taylor", "--macs", "60%", "--data", "digits", "--images", 32)
+    found = call("prune", checkpoint, *budget, "--out", pruned, "--json").json
+    assert found["macs"]["after"] <= 0.6 * found["macs"]["before"]
+    assert found["images"] == 32
+    model = api.load(pruned)
+    assert model.spec.macs() == found["macs"]["after"]
+    assert model.provenance["method"] == "taylor"
+    assert call("info", pruned, "--json").json["macs_ratio"] == found["macs"]["ratio"]
+
+    options = ("--data", "digits", "--epochs", 2, "--teacher", checkpoint, "--lr", 1e-3)
+    found = call("finetune", pruned, *options, "--out", tuned, "--json").json
+    assert len(found["history"]) == 2
+    assert api.load(tuned).provenance["accuracy"]["validation"] == found["accuracy"]["after"]
+
+    found = call("eval", tuned, "--data", "digits", "--backend", "torch", "--json").json
+    data = load_data("digits")
+    images, labels = next(iter(data.loader("test", data_config(DIGITS_CFG, (1, 8, 8)), batch_size=1000)))
+    with torch.no_grad():
+        right = (api.load(tuned)(images).argmax(1) == labels).float().mean()
+    assert found["images"] == data.size("test") == len(labels)
+    assert found["accuracy"] == pytest.approx(float(right), abs=1.5 / len(labels))
+    assert found["accuracy_top5"] >= found["accuracy"]
+
+    files = digit_files(tmp_path)
+    found = call("run", tuned, *files, "--top-k", 2, "--backend", "torch", "--json").json
+    with torch.no_grad():
+        probabilities = api.load(tuned)(images[:3]).softmax(1)
+    for image, file, expected in zip(found["images"], files, probabilities):
+        assert image["path"] == str(file)
+        assert [top["index"] for top in image["top"]] == expected.topk(2).indices.tolist()
+        assert image["top"][0]["probability"] == pytest.approx(float(expected.max()), abs=1e-4)
+        assert image["top"][0]["label"] == str(image["top"][0]["index"])
+
+
+def test_text_says_what_was_written(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    answer = call("prune", checkpoint, "--method", "magnitude", "--params", "70%", "--out", out)
+    assert answer.code == 0
+    assert "parameters" in answer.stdout
+    assert str(out) in "".join(answer.stdout.split("\n"))
+    (image,) = digit_files(tmp_path, 1)
+    answer = call("run", out, image, "--backend", "torch")
+    assert answer.code == 0
+    assert "probability" in answer.stdout
+    answer = call("eval", out, "--data", "digits", "--backend", "torch")
+    assert "top-1" in answer.stdout
+
+
+def test_prune_takes_groups_ignored_layers_and_multiples(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--groups", "mlp", "--ignored-layers", "blocks.0.*", "--round-to", 8, "--pruning-ratio", 0.5)
+    call("prune", checkpoint, "--method", "magnitude", *options, "--out", tmp_path / "out", "--json").json  # noqa: B018
+    first, second = api.load(tmp_path / "out").spec.blocks
+    assert (first.mlp_dim, second.mlp_dim) == (64, 32)
+    assert second.qk_dims == first.qk_dims == (8, 8)
+
+
+def test_methods_given_one_after_another_compose(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    pruned = tmp_path / "first"
+    call("prune", checkpoint, "--method", "magnitude", "--macs", "80%", "--out", pruned, "--json")
+    found = call("prune", pruned, "--method", "random", "--macs", "80%", "--out", tmp_path / "second", "--json").json
+    assert found["macs"]["ratio"] <= 0.8
+    plan = Plan.from_dict(api.load(tmp_path / "second").plan or {})
+    assert plan.dense == api.load(checkpoint).spec
+
+
+def test_the_same_seed_prunes_alike(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    plans = []
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        call("prune", checkpoint, "--method", "random", "--macs", "50%", "--seed", seed, "--out", tmp_path / name)
+        plans.append(api.load(tmp_path / name).plan)
+    assert plans[0] == plans[1] != plans[2]
+
+
+def test_finetune_can_learn_new_classes(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    for place, name in enumerate(("dark", "bright")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(12):
+            Image.new("L", (8, 8), 200 * place + i).save(tmp_path / "images" / name / f"{i}.png")
+    data = tmp_path / "images"
+    refused = call("finetune", checkpoint, "--data", data, "--out", tmp_path / "no")
+    assert refused.code == 1
+    assert not (tmp_path / "no").exists()
+    options = ("--data", data, "--new-classes", "--epochs", 3, "--lr", 1e-2, "--batch-size", 4)
+    assert call("finetune", checkpoint, *options, "--out", tmp_path / "two").code == 0
+    model = api.load(tmp_path / "two")
+    assert model.spec.num_classes == 2
+    found = call("run", tmp_path / "two", data / "bright" / "3.png", "--backend", "torch", "--json").json
+    assert {top["label"] for top in found["images"][0]["top"]} == {"dark", "bright"}
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("info", "deit_smal_patch16_224"), "deit_small_patch16_224"),
+        (("info", "./nowhere"), "nowhere"),
+        (("info", "swin_tiny_patch4_window7_224"), "swin|Swin"),
+        (("prune", "{}", "--method", "magic", "--macs", "50%", "--out", "{out}"), "magnitude"),
+        (("prune", "{}", "--method", "magnitude", "--macs", "0.001%", "--out", "{out}"), "floor"),
+        (("prune", "{}", "--method", "taylor", "--macs", "50%", "--out", "{out}"), "data"),
+        (("prune", "{}", "--method", "magnitude", "--macs", "50%", "--data", "no/where", "--out", "{out}"), "no/where"),
+        (("eval", "{}", "--data", "no/where"), "no/where"),
+        (("run", "{}", "no_such.png"), "no_such.png"),
+        (("finetune", "./nowhere", "--data", "digits", "--out", "{out}"), "nowhere"),
+    ],
+    ids=lambda value: "_".join(value[:1]) if isinstance(value, tuple) else None,
+)
+def test_a_named_error_is_one_message_and_exit_code_1(
+    call: Call, checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    import re
+
+    filled = [a.replace("{}", str(checkpoint)).replace("{out}", str(tmp_path / "out")) for a in arguments]
+    for extra in ((), ("--json",)):
+        answer = call(*filled, *extra)
+        assert answer.code == 1
+        assert answer.stderr.startswith("error: ") or "\nerror: " in answer.stderr
+        assert re.search(message, answer.stderr)
+        assert "Traceback" not in answer.stderr
+        assert not (tmp_path / "out").exists()
+    error = answer.json["error"]
+    assert re.search(message, error["message"])
+    assert error["type"] in {
+        "BudgetError",
+        "CheckpointError",
+        "DataError",
+        "InputError",
+        "PruningError",
+        "UnsupportedModel",
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("prune",),
+        ("prune", "{}", "--out", "{out}"),
+        ("prune", "{}", "--macs", "banana", "--out", "{out}"),
+        ("prune", "{}", "--macs", "120%", "--out", "{out}"),
+        ("info", "snp_deit_small", "--plot", "shape.txt"),
+        ("eval", "{}", "--data", "digits", "--backend", "tpu"),
+        ("eval", "{}", "--data", "digits", "--split", "all"),
+        ("run", "{}", "a.png", "--top-k", "0"),
+        ("nonsense",),
+    ],
+    ids=[
+        "nothing",
+        "no_argument",
+        "no_budget",
+        "no_number",
+        "above_all",
+        "unknown_picture",
+        "unknown_backend",
+        "unknown_split",
+        "no_class",
+        "unknown_command",
+    ],
+)
+def test_wrong_usage_is_exit_code_2(call: Call, checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    filled = [a.replace("{}", str(checkpoint)).replace("{out}", str(tmp_path / "out")) for a in arguments]
+    assert call(*filled).code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_image_in_a_worker_is_one_message(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    for name in DIGITS_CFG["label_names"]:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("L", (8, 8), 20 * i).save(tmp_path / "images" / name / f"{i}.png")
+    for broken in (tmp_path / "images").rglob("*.png"):
+        broken.write_bytes(b"broken")
+    answer = call("eval", checkpoint, "--data", tmp_path / "images", "--workers", 1, "--backend", "torch", "--json")
+    assert answer.code == 1
+    assert answer.json["error"]["type"] == "DataError"
+    assert answer.json["error"]["message"].startswith("cannot read the image")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("45%", "45%"), ("45.5 %", "45.5%"), ("2.0G", 2.0e9), ("900m", 9e8), ("1.3e9", 1.3e9)]
+)
+def test_budgets_are_shares_or_numbers(text: str, value: object) -> None:
+    from prunevit.cli._options import constraint
+
+    assert constraint(text) == value
