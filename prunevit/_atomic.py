@@ -54,7 +54,7 @@ def replace_directory(path: Path, write: Callable[[Path], None], names: Collecti
 
 def remove_stale(path: Path) -> None:
     """Undo and remove what killed saves of ``path`` left beside it."""
-    previous = _previous(path)
+    previous = path.with_name(previous_name(path))
     if previous.is_dir() and not path.exists():
         previous.rename(path)
     shutil.rmtree(previous, ignore_errors=True)
@@ -84,7 +84,12 @@ def exchange(a: Path, b: Path) -> None:
     number = ctypes.get_errno()
     if status is not None and number not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
         raise OSError(number, os.strerror(number), str(b))
-    previous = _previous(b)
+    rename_twice(a, b)
+
+
+def rename_twice(a: Path, b: Path) -> None:
+    """The same in two steps; ``b`` is gone between them."""
+    previous = b.with_name(previous_name(b))
     b.rename(previous)
     try:
         a.rename(b)
@@ -94,8 +99,9 @@ def exchange(a: Path, b: Path) -> None:
     previous.rename(a)
 
 
-def _previous(path: Path) -> Path:
-    return path.with_name(f".{path.name}.previous")
+def previous_name(path: Path) -> str:
+    """Where the second-best way of exchanging directories leaves the old one if it is killed halfway."""
+    return f".{path.name}.previous"
 
 
 def _at_top(path: Path, names: Collection[str]) -> Callable[[str, list[str]], list[str]]:

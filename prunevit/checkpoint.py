@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ._atomic import replace_directory
+from ._atomic import previous_name, replace_directory
 from .errors import CheckpointError, SpecError
 from .models.registry import WEIGHTS, pretrained_cfg_of
 from .models.tensors import check_file, check_finite, check_shapes
@@ -102,9 +102,10 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     """Read and check ``config.json`` of a checkpoint directory; no tensor is touched."""
     directory = Path(path)
     if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory}: expected a checkpoint directory, got {'a file' if directory.exists() else 'none'}"
-        )
+        found, hint = "a file" if directory.exists() else "none", ""
+        if (previous := directory.with_name(previous_name(directory))).is_dir():
+            hint = f"; a save was killed halfway: the old one is {previous}"
+        raise CheckpointError(f"{directory}: expected a checkpoint directory, got {found}{hint}")
     file = directory / CONFIG
     data = _read_json(file, MAX_CONFIG_BYTES)
     if data.get("architecture") != "prunevit":
