@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from . import demo, evaluate, finetune, info, prune, run
+from . import demo, evaluate, explain, finetune, info, prune, run
 
 app = typer.Typer(
     name="prunevit",
@@ -24,6 +24,7 @@ for _name, _module in {
     "info": info,
     "run": run,
     "eval": evaluate,
+    "explain": explain,
     "demo": demo,
 }.items():
     app.command(_name, no_args_is_help=_name != "demo")(_module.command)

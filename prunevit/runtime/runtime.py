@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,14 @@ from .. import checkpoint
 from ..errors import InputError, expect
 from ..models.from_timm import from_timm
 from ..models.vit import PrunedViT
+from ..spec import ViTSpec
 from .backend import choose_target
 from .engine import Engine
 from .plan import Plan, make_plan
 from .predict import Prediction, Predictor
+
+if TYPE_CHECKING:
+    from .explain import Explanation
 
 
 class Runtime:
@@ -57,6 +61,7 @@ class Runtime:
         # a copy, so that training the model further cannot reach what is planned for another image size later
         self._tensors = {name: tensor.detach().cpu().clone() for name, tensor in source.state_dict().items()}
         self._attn_pool = getattr(source, "attn_pool", None)
+        self.name, self.dense_spec = _name_of(model, source), _dense_spec(source)
         self._engine = Engine(self._make_plan, self.target, max_programs)
         self._predictor = Predictor(source.pretrained_cfg, self.spec)
 
@@ -110,6 +115,16 @@ class Runtime:
         self(torch.zeros(batch, self.spec.in_chans, height, width, device=self.device))
         return self
 
+    def explain(self, batch: int = 1, rounds: int = 20, img_size: tuple[int, int] | None = None) -> Explanation:
+        """Measure every step: MACs, bytes, time, achieved rate, share of the measured peak, padding, and the kernel.
+
+        Prints as a table; ``to_json()``, ``to_html()`` and ``save_html(path)`` are its other forms. Other callers of
+        this runtime wait meanwhile.
+        """
+        from .explain import explain
+
+        return explain(self, batch, rounds, img_size)
+
     def _checked(self, images: Tensor) -> Tensor:
         spec = self.spec
         expect(isinstance(images, Tensor), InputError, "images as a tensor [B, C, H, W]", got=type(images).__name__)
@@ -148,6 +163,19 @@ class Runtime:
             return images
         (p, q), (h, w) = self.spec.patch_size, images.shape[2:]
         return F.pad(images, (0, -w % q, 0, -h % p)) if h % p or w % q else images
+
+
+def _name_of(model: str | os.PathLike[str] | nn.Module, source: PrunedViT) -> str:
+    if isinstance(model, str | os.PathLike):
+        return Path(model).resolve().name
+    base = str(source.provenance.get("base_model", type(source).__name__))
+    return f"{base}, pruned" if source.plan is not None else base
+
+
+def _dense_spec(source: PrunedViT) -> ViTSpec | None:
+    """What the model was pruned from, as its plan has it."""
+    dense = (source.plan or {}).get("dense")
+    return ViTSpec.from_dict(dense) if isinstance(dense, dict) else None
 
 
 def _as_pruned(model: str | os.PathLike[str] | nn.Module) -> PrunedViT:

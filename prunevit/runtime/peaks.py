@@ -1,0 +1,89 @@
+"""What this machine can do at most, measured: the rate of multiply-adds, and bytes a second from memory and cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prunevit_kernels import Target
+from prunevit_kernels.cpu import extension
+
+from .backend import cpu_extension_built
+
+CACHED, FROM_MEMORY = 2**18, 2**26  # bytes a thread that an L2 cache holds, bytes in all that no cache does
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """``flops`` FLOP/s (two a multiply-add), ``memory`` and ``cache`` bytes/s; None where there is no probe.
+
+    ``flops`` is the best of the probe's samples, since a peak is a most; ``calm`` is their median as a share of it:
+    far below one on a machine that was busy with something else.
+    """
+
+    flops: float
+    calm: float
+    memory: float
+    cache: float | None
+    probe: str
+
+
+class PeakProbe:
+    """Measures a target's peaks a moment at a time, so that they can be taken between the steps of what is timed."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        native = target.device.type == "cpu" and cpu_extension_built()
+        self.native: Any = extension() if native else None
+        self.flops: list[float] = []
+        self._sized = 4096 if target.device.type == "cuda" else 512
+
+    def sample(self) -> float:
+        """One measurement of the multiply-add rate, FLOP/s."""
+        rate = self.native.fma_peak(self.target.threads, 8) if self.native is not None else self._matmul()
+        self.flops.append(float(rate))
+        return float(rate)
+
+    def result(self) -> Peaks:
+        """What was found; bandwidths are measured now."""
+        flops = max(self.flops)
+        calm = statistics.median(self.flops) / flops
+        if self.native is not None:
+            probe = f"{self.target.threads} threads of multiply-adds in registers, {self.native.isa()}"
+            return Peaks(flops, calm, *self._bandwidths(), probe)
+        probe = f"a {self._sized} × {self._sized} matrix product in PyTorch"
+        return Peaks(flops, calm, self._copy(), None, probe)
+
+    def _bandwidths(self) -> tuple[float, float]:
+        """From memory and from cache: the best of three, as the peak is the best of its samples."""
+        threads, read = self.target.threads, self.native.bandwidth
+        memory = max(read(threads, FROM_MEMORY, 10) for _ in range(3))
+        return memory, max(read(threads, CACHED * threads, 5) for _ in range(3))
+
+    def _matmul(self) -> float:
+        size, device = self._sized, self.target.device
+        a = torch.ones(size, size, device=device, dtype=self.target.dtype)
+        out = torch.empty_like(a)
+        return 2 * size**3 / self._seconds(lambda: torch.mm(a, a, out=out))
+
+    def _copy(self) -> float:
+        a = torch.ones(FROM_MEMORY // 4, device=self.target.device)
+        out = torch.empty_like(a)
+        return 2 * a.nbytes / self._seconds(lambda: out.copy_(a))
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        call()
+        self._wait()
+        start = time.perf_counter()
+        call()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize(self.target.device)

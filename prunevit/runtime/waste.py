@@ -1,0 +1,112 @@
+"""What a backend multiplies beside what is useful: tiles and lanes that stick out, gaps, zero columns.
+
+One function a backend, from an op and the buffers that it is bound to, to the multiply-accumulates that its kernel
+executes for the whole batch. They follow the kernels' own loops, which the comments name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from prunevit_kernels import (
+    FusedMlp,
+    LinearResidual,
+    NormLinear,
+    Op,
+    PackedOp,
+    PatchEmbed,
+    PoolHead,
+    RaggedAttention,
+    TokenScores,
+)
+
+LANES = {"avx512": 16, "avx2": 8, "baseline": 4}  # fp32 numbers in a vector
+
+
+def up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def cpu_macs(op: Op, buffers: Sequence[Tensor], lanes: int) -> int | None:
+    """The C++ kernels: weights lie in panels whose last vector is filled with zeros; rows and inputs are exact.
+
+    Attention has queries in its lanes, so that head widths are exact and the last vector of queries is not.
+    """
+    if isinstance(op, NormLinear | LinearResidual):
+        return _rows(buffers[0]) * op.weight.shape[1] * up(op.weight.shape[0], lanes)
+    if isinstance(op, FusedMlp):
+        first = op.w1.shape[1] * up(op.w1.shape[0], lanes)
+        second = op.w2.shape[1] * up(op.w2.shape[0], lanes)
+        return _rows(buffers[0]) * (first + second)
+    if isinstance(op, RaggedAttention):
+        per_pair = sum(op.heads.qk_dims) + sum(op.heads.v_dims)
+        batch, keys = buffers[0].shape[:2]
+        return batch * up(buffers[1].shape[1], lanes) * keys * per_pair
+    if isinstance(op, TokenScores):
+        batch, keys = buffers[0].shape[:2]
+        queries = 1 if op.rule == "class_attention" else keys
+        return batch * up(queries, lanes) * keys * sum(op.heads.qk_dims)
+    if isinstance(op, PatchEmbed):
+        embed_dim = op.weight.shape[0]
+        return buffers[0].shape[0] * len(op.positions) * op.weight[0].numel() * up(embed_dim, lanes)
+    if isinstance(op, PoolHead):
+        if op.weight is None:
+            return 0
+        return _pooled_rows(op, buffers) * op.weight.shape[1] * up(op.weight.shape[0], lanes)
+    return None
+
+
+def cuda_macs(op: Op, packed: PackedOp, buffers: Sequence[Tensor]) -> int | None:
+    """The GPU kernels: whole tiles of rows and columns, alignment gaps, heads at their width class.
+
+    Triton's calls say which tile they chose; the CUDA MLP plans anew what it planned when it was bound.
+    """
+    calls = getattr(packed, "calls", None)
+    if isinstance(op, RaggedAttention) and calls is not None:
+        (call,) = calls(*buffers)
+        return _triton_attention(call, packed, buffers)
+    if isinstance(op, NormLinear | LinearResidual | PatchEmbed | PoolHead | FusedMlp) and calls is not None:
+        return sum(_triton_linear(call) for call in calls(*buffers))
+    if isinstance(op, FusedMlp) and hasattr(packed, "extension"):
+        weights = packed.weights  # type: ignore[attr-defined]
+        padded = int(weights.w1.numel() + weights.w2.numel())  # to panels of 64, and of 16 output columns
+        return up(_rows(buffers[0]), cuda_mlp_plan(op, packed, buffers[0]).tile_rows) * padded
+    return None
+
+
+def cuda_mlp_plan(op: FusedMlp, packed: Any, x: Tensor) -> Any:
+    """Which of the CUDA extension's kernels runs an MLP, with its tile."""
+    native = packed.extension
+    shape = native.Shape(_rows(x), op.embed_dim, op.w1.shape[1], op.hidden_dim, op.w2.shape[0])
+    return native.Plan(shape, native.Device.of(x.get_device()), os.environ.get("PRUNEVIT_MLP_KERNEL"))
+
+
+def _triton_linear(call: Any) -> int:
+    """The kernels of ``_linear.py``: whole tiles; the input columns' tail up to a power of two."""
+    if call.problem.kernel not in ("norm_linear", "linear", "linear_residual", "patch_embed"):
+        return 0
+    rows, out, columns = call.problem.sizes
+    tile, tail = call.tile, call.constants.get("TAIL")
+    padded = up(columns, tile.block_k) if tail is None else columns // tile.block_k * tile.block_k + tail
+    return int(up(rows, tile.block_m) * up(out, tile.block_n) * padded)
+
+
+def _triton_attention(call: Any, packed: Any, buffers: Sequence[Tensor]) -> int:
+    """Whole blocks of queries; keys in whole blocks and a tail in steps of 16; each head at its class's widths."""
+    batch, keys = buffers[0].shape[:2]
+    queries = up(buffers[1].shape[1], call.tile.block_m)
+    keys = keys // call.tile.block_n * call.tile.block_n + call.constants["TAIL"]
+    widths = sum(sum(packed.menu[int(row[0])]) for row in packed.table.tolist())
+    return int(batch * queries * keys * widths)
+
+
+def _rows(buffer: Tensor) -> int:
+    return buffer.shape[0] * buffer.shape[1]
+
+
+def _pooled_rows(op: PoolHead, buffers: Sequence[Tensor]) -> int:
+    return _rows(buffers[0]) if op.pool == "none" else buffers[0].shape[0]

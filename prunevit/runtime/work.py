@@ -1,0 +1,123 @@
+"""What a step's op works on, in words and bytes, and which kernel runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prunevit_kernels import (
+    FusedMlp,
+    LinearResidual,
+    NormLinear,
+    Op,
+    PatchEmbed,
+    PoolHead,
+    RaggedAttention,
+    SelectTokens,
+    Target,
+    TokenScores,
+)
+from prunevit_kernels.cpu import extension
+
+from .backend import BUILD_COMMAND, cpu_extension_built
+from .latent_pool import LatentPool
+from .waste import LANES, cpu_macs, cuda_macs, cuda_mlp_plan
+
+
+class Kernel(NamedTuple):
+    """What ran, and why that."""
+
+    name: str
+    why: str
+
+
+def kernel_of(op: Op, packed: Any, buffers: Sequence[Tensor], target: Target) -> tuple[Kernel, int | None]:
+    """The kernel of a packed op, and the multiply-accumulates that it executes where they are known."""
+    kind = type(packed).__module__.rsplit(".", 1)[-1]
+    if isinstance(op, LatentPool):
+        return Kernel("PyTorch", "attention pooling is timm's own module: no kernel of its own"), None
+    if target.backend == "cpu" and kind == "_native":
+        isa = extension().isa()
+        return Kernel(f"C++ {isa}", _isa_reason(isa)), cpu_macs(op, buffers, LANES[isa])
+    if target.backend == "cuda" and kind in ("_cuda", "_triton"):
+        return _gpu_kernel(op, packed, buffers, kind), cuda_macs(op, packed, buffers)
+    return Kernel("PyTorch reference", _reference_reason(target)), None
+
+
+def _isa_reason(isa: str) -> str:
+    best = extension().isas()[0]
+    return "the best instruction set here" if isa == best else f"PRUNEVIT_CPU_ISA asks for it; {best} would run too"
+
+
+def _gpu_kernel(op: Op, packed: Any, buffers: Sequence[Tensor], kind: str) -> Kernel:
+    dtype = str(buffers[0].dtype).removeprefix("torch.")
+    if kind == "_cuda" and isinstance(op, FusedMlp):
+        plan = cuda_mlp_plan(op, packed, buffers[0])
+        return Kernel(f"CUDA C++ {plan.kernel}, {plan.tile_rows} rows", f"{dtype}; the extension is built")
+    tiles = {f"{call.tile.block_m}×{call.tile.block_n}" for call in packed.calls(*buffers)}
+    missing = isinstance(op, FusedMlp)
+    why = f"{dtype}; the CUDA extension is not built" if missing else f"{dtype} on a GPU"
+    return Kernel(f"Triton {', '.join(sorted(tiles))}", why)
+
+
+def _reference_reason(target: Target) -> str:
+    if target.device.type == "cpu" and target.dtype == torch.float32:
+        return "backend torch was asked for" if cpu_extension_built() else f"no C++ kernels: run `{BUILD_COMMAND}`"
+    if target.device.type == "cpu":
+        return f"no C++ kernel for {str(target.dtype).removeprefix('torch.')}"
+    return f"backend torch was asked for, or {str(target.dtype).removeprefix('torch.')} has no kernel"
+
+
+def work_of(op: Op, buffers: Sequence[Tensor]) -> str:
+    """The op's sizes, as a product: rows × in → out."""
+    rows = buffers[0].shape[1] if buffers[0].dim() == 3 else 0
+    if isinstance(op, NormLinear | LinearResidual):
+        return f"{rows} × {op.weight.shape[1]} → {op.weight.shape[0]}"
+    if isinstance(op, FusedMlp):
+        return f"{rows} × {op.w1.shape[1]} → {op.hidden_dim} → {op.w2.shape[0]}"
+    if isinstance(op, RaggedAttention):
+        heads, queries = op.heads, buffers[1].shape[1]
+        widths = f"{_span(heads.qk_dims)} by {_span(heads.v_dims)}"
+        return f"{queries} × {rows}, {len(heads)} heads of {widths}"
+    if isinstance(op, TokenScores):
+        return f"{rows} tokens, {len(op.heads)} heads"
+    if isinstance(op, SelectTokens):
+        return f"{rows} → {op.out_tokens} tokens"
+    if isinstance(op, PatchEmbed):
+        return f"{len(op.positions)} × {op.weight[0].numel()} → {op.weight.shape[0]}"
+    if isinstance(op, PoolHead):
+        return f"{op.pooled_dim} → {buffers[1].shape[-1]}"
+    return f"{rows} tokens"
+
+
+def _span(widths: Sequence[int]) -> str:
+    low, high = min(widths), max(widths)
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def useful_bytes(op: Op, buffers: Sequence[Tensor], target: Target) -> int:
+    """Inputs and weights read once, outputs written once, without any padding; x is both where it is updated."""
+    size = target.dtype.itemsize
+    names: list[str] = [field.name for field in dataclasses.fields(op)] if dataclasses.is_dataclass(op) else []
+    tensors = [value for name in names if isinstance(value := getattr(op, name), Tensor)]
+    weights: int = sum(tensor.numel() for tensor in tensors) * size
+    if isinstance(op, RaggedAttention):
+        heads, (batch, keys), queries = op.heads, buffers[0].shape[:2], buffers[1].shape[1]
+        per_key, per_query = sum(heads.qk_dims) + sum(heads.v_dims), sum(heads.qk_dims) + sum(heads.v_dims)
+        return batch * (keys * per_key + queries * per_query) * size
+    if isinstance(op, TokenScores):
+        batch, keys = buffers[0].shape[:2]
+        queries = 1 if op.rule == "class_attention" else keys
+        return batch * (keys + queries) * sum(op.heads.qk_dims) * size + buffers[1].numel() * 4
+    if isinstance(op, PoolHead) and op.pool in ("token", "tokens"):
+        return weights + (buffers[0].shape[0] * op.pooled_dim + buffers[1].numel()) * size
+    moved = sum(buffer.numel() * buffer.itemsize for buffer in buffers)
+    if isinstance(op, FusedMlp | LinearResidual):
+        moved += buffers[-1].numel() * size  # read and written
+    if isinstance(op, LatentPool):
+        weights = sum(p.numel() for module in (op.pool, op.head) for p in module.parameters()) * size
+    return weights + moved
