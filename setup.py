@@ -1,19 +1,24 @@
 """The native extensions. Everything else about the package is in pyproject.toml.
 
 ``prunevit_kernels._cpu`` always builds: C++17 and pybind11 alone. Its kernels are compiled once for every instruction
-set, and the best one is chosen when the program runs.
+set, and the best one is chosen when the program runs. ``prunevit_kernels._cuda`` builds where there is an nvcc:
+setup_cuda.py.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).parent))  # a build in isolation has no folder of its own on the path
+import setup_cuda
 
 CPU = Path("csrc/cpu")
 # -ffp-contract=fast lets the compiler fuse multiply-adds; no other rule of floating point is bent.
@@ -46,7 +51,10 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "prunevit_kernels._cpu":
             ext.extra_objects = self.compile_cpu()
-        super().build_extension(ext)
+        if ext.name == setup_cuda.NAME:
+            setup_cuda.build(Path(self.get_ext_fullpath(ext.name)), [pybind11.get_include(), *self.include_dirs])
+        else:
+            super().build_extension(ext)
 
     def compile_cpu(self) -> list[str]:
         kernels = sorted(map(str, CPU.glob("kernels/*.cpp")))
@@ -79,4 +87,9 @@ def cpu_extension() -> Extension:
     )
 
 
-setup(ext_modules=[cpu_extension()], cmdclass={"build_ext": BuildExt})
+def cuda_extensions() -> list[Extension]:
+    sources = sorted(map(str, Path("csrc").rglob("*.cu")))
+    return [Extension(setup_cuda.NAME, sources)] if setup_cuda.wanted() else []
+
+
+setup(ext_modules=[cpu_extension(), *cuda_extensions()], cmdclass={"build_ext": BuildExt})

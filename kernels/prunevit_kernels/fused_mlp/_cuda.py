@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ def round_up(size: int, unit: int) -> int:
 
 def swizzled(panels: Tensor) -> Tensor:
     """[..., rows, 64] with the eight pieces of eight columns of row r where ``piece ^ r % 8`` says."""
-    rows = panels.shape[-2]
+    *outer, rows, _ = panels.shape
     pieces = torch.arange(8, device=panels.device) ^ torch.arange(rows, device=panels.device)[:, None] % 8
-    split = panels.unflatten(-1, (8, 8))
+    split = panels.reshape(*outer, rows, 8, 8)
     return split.gather(-2, pieces[..., None].expand(split.shape)).flatten(-2).contiguous()
 
 
@@ -45,14 +46,14 @@ def pack_w1(w1: Tensor) -> Tensor:
     """[F, K] -> [chunks, panels of K, 64, 64], as shared memory holds them."""
     hidden, in_dim = w1.shape
     square = padded(w1, round_up(hidden, PANEL), round_up(in_dim, PANEL))
-    return swizzled(square.unflatten(0, (-1, PANEL)).unflatten(-1, (-1, PANEL)).transpose(1, 2))
+    return swizzled(square.reshape(-1, PANEL, square.shape[1] // PANEL, PANEL).transpose(1, 2))
 
 
 def pack_w2(w2: Tensor) -> Tensor:
     """[N, F] -> [chunks, N up to 16s, 64], as shared memory holds them."""
     out_dim, hidden = w2.shape
     square = padded(w2, round_up(out_dim, UNIT), round_up(hidden, PANEL))
-    return swizzled(square.unflatten(-1, (-1, PANEL)).transpose(0, 1))
+    return swizzled(square.reshape(square.shape[0], -1, PANEL).transpose(0, 1))
 
 
 class PackedWeights:
@@ -92,15 +93,21 @@ class _Packed:
         self.extension, self.op, self.target = extension, op, target
         self.weights = PackedWeights(op, target.device, target.dtype)
 
+    def plan(self, x: Tensor) -> tuple[Any, Any]:
+        """The extension's Shape and Plan for this buffer: which kernel runs, its tile, its workspace."""
+        op, native = self.op, self.extension
+        rows, _ = matrix_of("x", x)
+        shape = native.Shape(rows, op.embed_dim, op.w1.shape[1], op.hidden_dim, op.w2.shape[0])
+        return shape, native.Plan(shape, native.Device.of(x.get_device()), os.environ.get(KERNEL_VARIABLE))
+
     def bind(self, x: Tensor) -> Launch:
-        from .._launch import scratch_for
+        from .._launch import scratch_for  # Triton comes with it
 
         op, native = self.op, self.extension
         op.check(self.target, x)
-        rows, pitch = matrix_of("x", x)
-        shape = native.Shape(rows, op.embed_dim, op.w1.shape[1], op.hidden_dim, op.w2.shape[0])
+        _, pitch = matrix_of("x", x)
+        shape, plan = self.plan(x)
         device = x.get_device()
-        plan = native.Plan(shape, native.Device.of(device), os.environ.get(KERNEL_VARIABLE))
         workspace = scratch_for(x, (plan.workspace_bytes,), torch.uint8) if plan.workspace_bytes else None
         weights = {name: _memory(getattr(self.weights, name)) for name in ("w1", "w2", "b1", "b2", "gamma")}
         lists = {name: _memory(getattr(self.weights, name)) for name in ("reads", "writes")}
@@ -125,6 +132,10 @@ def _launch(mlp: object, device: int, held: object) -> None:
 
 def pack(op: FusedMlp, target: Target) -> PackedOp:
     """The CUDA extension's kernels; the Triton pair, with a warning, where the extension is not built."""
+    if target.device.type != "cuda":  # kernels interpreted, or compiled for a GPU that is not there: Triton's alone
+        from . import _triton
+
+        return _triton.pack(op, target)
     try:
         extension = import_module("prunevit_kernels._cuda")
     except ModuleNotFoundError as missing:

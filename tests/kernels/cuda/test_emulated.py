@@ -98,7 +98,7 @@ KERNELS = ["fused", "split", "two_gemms", "wgmma"]
 def test_every_kernel_on_every_shape(emulator: Path, tmp_path: Path, shape: str, kernel: str) -> None:
     embed, hidden = SHAPES[shape]
     if kernel == "wgmma" and embed > 384:
-        with pytest.raises(RuntimeError, match="'wgmma': .* E=483 .* needs sm_90, E <= 512, N <= 384"):
+        with pytest.raises(RuntimeError, match=r"'wgmma': .* E=483 .* needs sm_90, E <= 512, N <= 384"):
             check(emulator, tmp_path, draw(embed, hidden), 35, kernel=kernel)
         return
     gpu = H100 if kernel == "split" else ONE_SM

@@ -1,0 +1,227 @@
+// Every index function of csrc/cuda/layout.h and every plan of plan.h, exhaustively. Prints what is wrong, one line a
+// fault; the exit status says whether there was any.
+#include <cstdio>
+#include <functional>
+#include <map>
+#include <set>
+#include <vector>
+
+#include "plan.h"
+
+using namespace prunevit::mlp;
+
+namespace {
+
+int faults = 0;
+
+void expect(bool condition, const char* what, const std::string& where) {
+    if (condition) return;
+    if (++faults <= 20) std::printf("%s: %s\n", what, where.c_str());
+}
+
+void swizzle() {
+    std::set<int> offsets;
+    for (int row = 0; row < 64; ++row) {
+        for (int piece = 0; piece < kPieces; ++piece) offsets.insert(piece_offset(row, piece));
+    }
+    expect(offsets.size() == 64u * kPieces && *offsets.rbegin() == 64 * kRowBytes - kPieceBytes,
+           "a panel's pieces fill it once", "64 rows");
+    for (int row0 = 0; row0 < 64; row0 += 8) {
+        for (int piece = 0; piece < kPieces; ++piece) {
+            std::set<int> banks;
+            for (int row = row0; row < row0 + 8; ++row) banks.insert(piece_offset(row, piece) % kRowBytes);
+            expect(banks.size() == 8, "ldmatrix reads eight rows from eight bank groups", std::to_string(row0));
+            // the hardware's swizzle, on whole addresses
+            for (int row = row0; row < row0 + 8; ++row) {
+                const int flat = row * kRowBytes + piece * kPieceBytes;
+                expect(piece_offset(row, piece) == (flat ^ (flat >> 7 & 7) << 4), "the 128-byte swizzle", std::to_string(flat));
+            }
+        }
+    }
+    for (const int rows : {16, 32, 64, 96, 128}) {
+        for (const int columns : {64, 128, 192}) {
+            std::vector<int> written(rows * columns, 0);
+            for (int row = 0; row < rows; ++row) {
+                for (int column = 0; column < columns; ++column) ++written[element_offset(rows, row, column) / 2];
+            }
+            for (const int times : written) expect(times == 1, "a tile's elements fill it once", std::to_string(rows));
+        }
+    }
+}
+
+// The maps as the PTX manual draws them, from groupID = lane >> 2 and threadID_in_group = lane % 4.
+void fragments() {
+    std::map<std::pair<int, int>, int> a, b, c;
+    for (int lane = 0; lane < 32; ++lane) {
+        const int group = lane >> 2, inside = lane % 4;
+        for (int i = 0; i < 8; ++i) {
+            const int row = (i < 2 || (i >= 4 && i < 6)) ? group : group + 8;
+            const int column = i < 4 ? inside * 2 + (i & 1) : inside * 2 + (i & 1) + 8;
+            const Place place = a_place(lane, i / 2);
+            expect(place.row == row && place.column + i % 2 == column, "A's fragment", std::to_string(lane));
+            ++a[{row, column}];
+        }
+        for (int i = 0; i < 4; ++i) {
+            const int k = i < 2 ? inside * 2 + (i & 1) : inside * 2 + (i & 1) + 8;
+            const Place place = b_place(lane, i / 2);
+            expect(place.row == group && place.column + i % 2 == k, "B's fragment", std::to_string(lane));
+            ++b[{place.row, k}];
+            const Place sum = c_place(lane, i);
+            expect(sum.row == (i < 2 ? group : group + 8) && sum.column == inside * 2 + (i & 1), "C's fragment",
+                   std::to_string(lane));
+            ++c[{sum.row, sum.column}];
+        }
+    }
+    expect(a.size() == 256 && b.size() == 128 && c.size() == 128, "fragments cover their matrices once", "all lanes");
+    // ldmatrix.x4: matrix m of lane 8m … 8m + 7 becomes register m of every lane, row lane / 4, columns 2 (lane % 4)
+    for (int lane = 0; lane < 32; ++lane) {
+        for (int m = 0; m < 4; ++m) {
+            const Place from_a = a_address(m * 8 + lane / 4), from_b = b_address(m * 8 + lane / 4);
+            const Place to_a = a_place(lane, m), to_b = b_place(lane, m % 2);
+            expect(from_a.row == to_a.row && from_a.column * 8 + lane % 4 * 2 == to_a.column, "ldmatrix of A", std::to_string(lane));
+            expect(from_b.row == to_b.row + m / 2 * 8 && from_b.column * 8 + lane % 4 * 2 == to_b.column, "ldmatrix of B",
+                   std::to_string(lane));
+        }
+    }
+}
+
+// Two neighbouring accumulators of fc1 are one register of fc2's A: what fused_wgmma passes on without a shuffle.
+void handover() {
+    for (int lane = 0; lane < 32; ++lane) {
+        for (int i = 0; i < 4; ++i) {
+            const int value = 2 * i, half = value / 4;  // v[2i], v[2i + 1] of the 16 hidden columns
+            const Place from = c_place(lane, value % 4), to = a_place(lane, i);
+            expect(from.row == to.row && half * 8 + from.column == to.column, "fc1's sums as fc2's A", std::to_string(lane));
+        }
+    }
+}
+
+void weights() {
+    for (const auto& [in, hidden, out] : std::vector<std::tuple<int, int, int>>{{153, 383, 153}, {1, 1, 1}, {64, 64, 16}, {345, 307, 101}}) {
+        const Shape s{1, 512, in, hidden, out};
+        std::set<int64_t> w1, w2;
+        for (int f = 0; f < hidden; ++f) {
+            for (int k = 0; k < in; ++k) w1.insert(w1_element(s, f, k));
+            for (int n = 0; n < out; ++n) w2.insert(w2_element(s, n, f));
+        }
+        expect(w1.size() == static_cast<size_t>(in) * hidden && *w1.rbegin() < s.chunks() * w1_chunk_bytes(s), "fc1's weights lie apart", describe(s));
+        expect(w2.size() == static_cast<size_t>(out) * hidden && *w2.rbegin() < s.chunks() * w2_chunk_bytes(s), "fc2's weights lie apart", describe(s));
+    }
+}
+
+// Every output element belongs to one thread of one block, and every hidden column to one split.
+void tiles() {
+    for (const FusedShape& shape : kFusedShapes) {
+        std::map<std::pair<int, int>, int> owners;
+        for (int warp = 0; warp < kWarps; ++warp) {
+            for (int lane = 0; lane < 32; ++lane) {
+                for (int u = 0; u < shape.nu; ++u) {
+                    for (int i = 0; i < shape.mt * 8; ++i) {
+                        const Place place = c_place(lane, i % 4);
+                        ++owners[{warp_row(warp) * 16 * shape.mt + i / 8 * 16 + place.row,
+                                  (warp_column(warp) + u * kWarpsAlongColumns) * kUnit + i % 8 / 4 * 8 + place.column}];
+                    }
+                }
+            }
+        }
+        const size_t all = 32u * shape.mt * shape.nu * kWarpsAlongColumns * kUnit;
+        expect(owners.size() == all && owners.rbegin()->first == std::make_pair(32 * shape.mt - 1, shape.nu * 64 - 1),
+               "a tile's outputs have one owner each", std::to_string(shape.mt) + "," + std::to_string(shape.nu));
+    }
+    for (int chunks = 1; chunks <= 60; ++chunks) {
+        for (int splits = 1; splits <= chunks; ++splits) {
+            int next = 0;
+            for (int i = 0; i < splits; ++i) {
+                const Range range = split_range(chunks, splits, i);
+                expect(range.begin == next && range.end > range.begin, "splits follow one another, none empty", std::to_string(chunks));
+                next = range.end;
+            }
+            expect(next == chunks, "splits cover the hidden width", std::to_string(chunks));
+        }
+    }
+    for (int hidden = 1; hidden <= 400; ++hidden) {
+        const Shape s{1, 64, 64, hidden, 64};
+        int units = 0;
+        for (int c = 0; c < s.chunks(); ++c) {
+            expect(1 <= s.chunk_units(c) && s.chunk_units(c) <= 4, "a chunk has one to four units", std::to_string(hidden));
+            units += s.chunk_units(c);
+        }
+        expect(units * kUnit == s.hidden_padded() && s.hidden_padded() - hidden < kUnit, "no padding of F past 16", std::to_string(hidden));
+    }
+}
+
+void descriptors() {
+    for (uint32_t address = 0; address < 232448; address += 32) {
+        const uint64_t d = tile_descriptor(address);
+        expect((d & 0x3fff) == address / 16 && (d >> 32 & 0x3fff) == 64 && d >> 62 == 1 && (d >> 46 & 0xffff) == 0, "a descriptor",
+               std::to_string(address));
+    }
+}
+
+void plan_holds(const Plan& p, const Shape& s, const Device& d) {
+    const std::string where = describe(s) + " on sm_" + std::to_string(d.sm) + ", " + name_of(p.kernel);
+    expect(p.shared <= d.shared_limit, "shared memory fits", where);
+    expect(p.splits >= 1 && p.splits <= s.chunks(), "no empty split", where);
+    expect(p.splits == 1 || p.partial_bytes == int64_t{p.splits} * s.rows * s.out_padded() * 4, "room for partial sums", where);
+    if (p.kernel == Kernel::fused || p.kernel == Kernel::split) {
+        bool built = false;
+        for (const FusedShape& shape : kFusedShapes) built |= shape.mt == p.mt && shape.nu == p.nu;
+        expect(built && p.nu * 64 >= s.out && s.embed <= 512, "an instance that holds the shape", where);
+        const FusedShared at = fused_shared(32 * p.mt, s);
+        expect(at.x < at.w1 && at.w1 < at.w2 && at.w2 < at.hidden && at.hidden + 32 * p.mt * kRowBytes <= p.shared &&
+                   32 * p.mt * stage_pitch(s.out_padded()) * 4 <= p.shared && at.w1 % 128 == 0 && at.hidden % 128 == 0,
+               "shared tiles lie apart", where);
+    } else if (p.kernel == Kernel::two_gemms) {
+        expect(p.hidden_bytes == int64_t{s.rows} * s.hidden_padded() * 2, "room for hidden activations", where);
+        expect(p.expand_columns >= 1 && p.expand_columns <= ceil_div(s.chunks(), 2), "every block of expand has a tile", where);
+        expect(gemm_shared_bytes(32 * p.expand_mt) <= d.shared_limit, "expand's shared memory fits", where);
+    } else {
+        const WgmmaShared at = wgmma_shared(p.nu, s, p.slots);
+        expect(at.ring % 1024 == 0 && at.slot_bytes % 1024 == 0, "tiles start on whole swizzle atoms", where);
+        expect(p.slots >= 2 && at.ring + p.slots * at.slot_bytes <= at.barriers && at.barriers % 16 == 0, "barriers lie past the ring", where);
+        expect(kWgmmaRows * stage_pitch(s.out_padded()) * 4 <= at.barriers && p.nu >= s.out_padded(), "the stage fits", where);
+    }
+}
+
+void plans() {
+    const Device devices[] = {{80, 108, 163 * 1024}, {86, 84, 99 * 1024}, {89, 128, 99 * 1024}, {90, 132, 227 * 1024}, {120, 170, 99 * 1024}};
+    std::set<Kernel> seen;
+    for (const Device& d : devices) {
+        for (const int embed : {1, 17, 64, 153, 192, 193, 307, 345, 384, 385, 483, 512, 513, 768, 1024, 1664, 4096}) {
+            for (const int hidden : {1, 16, 65, 307, 383, 921, 1276, 1536, 2927, 16384}) {
+                for (const int rows : {1, 32, 197, 394, 1576, 6304, 12608, 50432, 60000}) {
+                    for (const int less : {0, embed / 2}) {
+                        const Shape s{rows, embed, embed - less, hidden, embed - less / 2};
+                        const Kernel chosen = chosen_kernel(s, d);
+                        seen.insert(chosen);
+                        plan_holds(plan_of(chosen, s, d), s, d);
+                        for (const Kernel kernel : {Kernel::fused, Kernel::split, Kernel::two_gemms, Kernel::wgmma}) {
+                            try {
+                                plan_holds(plan_of(kernel, s, d), s, d);
+                            } catch (const std::invalid_argument& refusal) {
+                                expect(kernel != Kernel::two_gemms, "two_gemms take every shape", refusal.what());
+                                expect(std::string(refusal.what()).find(describe(s)) != std::string::npos, "a refusal names its shape",
+                                       refusal.what());
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    expect(seen == std::set<Kernel>{Kernel::fused, Kernel::split, Kernel::two_gemms}, "what is chosen unasked", "a set of kernels");
+}
+
+}  // namespace
+
+int main() {
+    const std::pair<const char*, std::function<void()>> checks[] = {
+        {"swizzle", swizzle}, {"fragments", fragments},     {"handover", handover}, {"weights", weights},
+        {"tiles", tiles},     {"descriptors", descriptors}, {"plans", plans}};
+    for (const auto& [name, check] : checks) {
+        const int before = faults;
+        check();
+        std::printf("%s %s\n", name, faults == before ? "holds" : "FAILS");
+    }
+    return faults == 0 ? 0 : 1;
+}
