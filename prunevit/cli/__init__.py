@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from . import demo, evaluate, explain, finetune, info, prune, run
+from . import bench, demo, evaluate, explain, export, finetune, info, prune, run
 
 app = typer.Typer(
     name="prunevit",
@@ -25,6 +25,8 @@ for _name, _module in {
     "run": run,
     "eval": evaluate,
     "explain": explain,
+    "bench": bench,
+    "export": export,
     "demo": demo,
 }.items():
     app.command(_name, no_args_is_help=_name != "demo")(_module.command)

@@ -17,8 +17,9 @@ from ._measure import accuracy
 from ._output import Output, percent
 
 PATCH, WIDTH, DEPTH, HEADS = 2, 64, 4, 4
-BATCH, LEARNING_RATE, TEACHER_RATE = 64, 3e-3, 2e-3
-KEPT = "50%"
+BATCH, KEPT = 64, "50%"
+TRAINING = {"lr": 3e-3, "warmup_epochs": 5, "clip_grad": 1.0, "smoothing": 0.1}
+RECOVERY = {"lr": 2e-3, "warmup_epochs": 1, "clip_grad": 1.0}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def run_digits(output: Output, out: Path, seed: int, steps: Steps) -> tuple[dict
 
     dense = digits_vit()
     with output.bar("training a dense ViT") as bar:
-        recover(dense, train, on_step=bar.step, epochs=steps.epochs, lr=LEARNING_RATE, seed=seed)
+        recover(dense, train, on_step=bar.step, epochs=steps.epochs, seed=seed, **TRAINING)
     before = accuracy(dense.eval(), test).top1
     spec = ViTSpec.from_timm(dense)
     output.say(f"dense: {percent(before)} of the test images right")
@@ -72,8 +73,8 @@ def run_digits(output: Output, out: Path, seed: int, steps: Steps) -> tuple[dict
     share, found = pruned.spec.macs() / spec.macs(), accuracy(pruned.eval(), test).top1
     output.say(f"pruned to {percent(share)} of the MACs: {percent(found)}")
     with output.bar("recovering it, the dense ViT as teacher") as bar:
-        lr, epochs = TEACHER_RATE, steps.recovery_epochs
-        recover(pruned, train, teacher=dense, on_step=bar.step, epochs=epochs, lr=lr, seed=seed)
+        epochs = steps.recovery_epochs
+        recover(pruned, train, teacher=dense, on_step=bar.step, epochs=epochs, seed=seed, **RECOVERY)
     after = accuracy(pruned.eval(), test).top1
     output.say(f"recovered: {percent(after)}")
 
