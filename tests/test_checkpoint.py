@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from prunevit import _atomic, checkpoint
 from prunevit.errors import CheckpointError, PrunevitError, SpecError
 from prunevit.models import PrunedViT
+from tests import crashing
 from tests.specs import SPECS, random_images, random_model
 
 FILES = ["config.json", "model.safetensors", "plan.json"]
@@ -163,49 +164,35 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 # -- crashes
 
 
-def _crash_at(step: int, directory: Path, fallback: bool) -> None:
-    """Save in this process, which ends without a word just before its ``step``-th change to the disk."""
-    count = 0
+@pytest.fixture(scope="module")
+def run_until_crash() -> Callable[..., int]:
+    """Saves run in children of a fresh process: a fork of this one would inherit torch's threads and hang."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.crashing"])
 
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            if count == step:
-                os._exit(9)
-            count += 1
-            return function(*args, **kwargs)
+    def run(step: int, directory: Path, exchange: str = "exchange") -> int:
+        process = context.Process(target=crashing.save_until, args=(step, directory, exchange))
+        process.start()
+        process.join(60)
+        assert process.exitcode in (0, crashing.CRASHED), process.exitcode
+        return process.exitcode
 
-        return call
-
-    for name in ("mkdir", "fsync", "rename", "link", "unlink", "rmdir"):
-        setattr(os, name, counted(getattr(os, name)))
-    Path.write_text = counted(Path.write_text)  # type: ignore[method-assign]
-    checkpoint.save_file = counted(checkpoint.save_file)
-    _atomic.exchange = counted(_atomic.rename_twice if fallback else _atomic.exchange)
-    model = random_model(SPECS["every_head_its_own_width"], seed=1)
-    checkpoint.save(model, directory)
-    os._exit(0)
-
-
-def _run_until_crash(step: int, directory: Path, fallback: bool = False) -> int:
-    process = multiprocessing.get_context("fork").Process(target=_crash_at, args=(step, directory, fallback))
-    process.start()
-    process.join(60)
-    assert process.exitcode in (0, 9)
-    return process.exitcode
+    return run
 
 
 @pytest.mark.parametrize("there_is_an_old_one", [True, False])
-def test_a_crash_at_any_step_leaves_the_old_or_the_new(there_is_an_old_one: bool, tmp_path: Path) -> None:
-    seen, step, code = set(), 0, 9
-    while code == 9:
+def test_a_crash_at_any_step_leaves_the_old_or_the_new(
+    there_is_an_old_one: bool, tmp_path: Path, run_until_crash: Callable[..., int]
+) -> None:
+    seen, step, code = set(), 0, crashing.CRASHED
+    while code == crashing.CRASHED:
         directory = tmp_path / str(step) / "vit"
         if there_is_an_old_one:
             saved(directory, seed=0)
             (directory / "notes.txt").write_text("kept")
         else:
             directory.parent.mkdir()
-        code = _run_until_crash(step, directory)
+        code = run_until_crash(step, directory)
         if directory.exists():
             model = checkpoint.load(directory)
             seed = 0 if model.plan else 1
@@ -223,13 +210,13 @@ def test_a_crash_at_any_step_leaves_the_old_or_the_new(there_is_an_old_one: bool
     assert step > 8
 
 
-def test_a_crash_where_directories_cannot_be_exchanged(tmp_path: Path) -> None:
+def test_a_crash_where_directories_cannot_be_exchanged(tmp_path: Path, run_until_crash: Callable[..., int]) -> None:
     """Two renames: between them the old one lies under its other name, load says so, the next save restores it."""
-    between, step, code = 0, 0, 9
-    while code == 9:
+    between, step, code = 0, 0, crashing.CRASHED
+    while code == crashing.CRASHED:
         directory = tmp_path / str(step) / "vit"
         saved(directory, seed=0)
-        code = _run_until_crash(step, directory, fallback=True)
+        code = run_until_crash(step, directory, "rename_twice")
         if not directory.exists():
             between += 1
             with pytest.raises(CheckpointError, match=r"\.vit\.previous"):
