@@ -89,24 +89,17 @@ def linear_tile(target: Target, problem: Problem) -> Tile:
 
 def candidates(problem: Problem) -> list[Tile]:
     """What the tuner tries."""
+    shapes: tuple[tuple[int, int, int], ...]  # rows, columns, warps
     if problem.kernel == "ragged_attention":
-        if problem.sizes[1] <= 16:
-            return [Tile(16, n, 64, warps, stages) for n, warps, stages in product((32, 64, 128), (1, 2), (2, 3, 4))]
-        sizes = product((32, 64, 128), (32, 64, 128), (2, 4, 8), (2, 3, 4))
-        return [Tile(m, n, 64, warps, stages) for m, n, warps, stages in sizes if m >= 16 * warps]
+        few, many = product((16,), (32, 64, 128), (1, 2)), product((32, 64, 128), (32, 64, 128), (2, 4, 8))
+        shapes = tuple(few) if problem.sizes[1] <= 16 else tuple(s for s in many if 16 <= s[0] // s[2] <= 32)
+        return [Tile(m, n, warps=warps, stages=stages) for (m, n, warps), stages in product(shapes, (2, 3))]
     if problem.kernel in ("norm_linear", "linear", "linear_residual", "patch_embed"):
-        every = [
-            Tile(*sizes) for sizes in product((16, 32, 64, 128), (32, 64, 128, 256), (32, 64), (4, 8), (2, 3, 4, 5))
-        ]
-        return [tile for tile in every if _is_sensible(tile)]
+        small = ((16, 32, 4), (16, 64, 4), (32, 32, 4), (32, 64, 4), (64, 32, 4), (64, 64, 4))
+        large = ((64, 64, 4), (128, 64, 4), (128, 64, 8), (64, 128, 4), (128, 128, 8), (64, 256, 8), (128, 256, 8))
+        shapes, depths = (small, (3, 5)) if problem.sizes[0] <= 1024 else (large, (2, 3, 4))
+        return [Tile(m, n, warps=warps, stages=stages) for (m, n, warps), stages in product(shapes, depths)]
     return []
-
-
-def _is_sensible(tile: Tile) -> bool:
-    """Work for every warp, accumulators that fit in registers, and stages that fit in an H100's shared memory."""
-    per_thread = tile.block_m * tile.block_n // (32 * tile.warps)
-    shared = (tile.block_m + tile.block_n) * tile.block_k * 2 * tile.stages
-    return 8 <= per_thread <= 128 and shared <= 200 * 1024
 
 
 def as_json(tile: Tile) -> dict[str, int]:

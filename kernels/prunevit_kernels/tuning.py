@@ -12,7 +12,7 @@ from ._configs import Tile, as_json
 from ._expect import ContractError, expect
 
 FORMAT = 1
-LIMITS = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 256), "warps": (1, 16), "stages": (1, 8)}
+LIMITS = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 64), "warps": (1, 16), "stages": (1, 8)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,17 +18,17 @@ from ..target import Target
 from . import NormLinear
 
 
-@triton.jit(do_not_specialize=["M", "D", "K", "x_row8", "w_row8", "y_row8"])
+@triton.jit(do_not_specialize=["M", "D", "K", "x_row8", "w_row8", "y_pitch"])
 def norm_linear_kernel(
-    x, w, column_sums, bias, y, M, D, K, x_row8, w_row8, y_row8, eps,
-    NORM: tl.constexpr, ACT: tl.constexpr, TAIL: tl.constexpr,
+    x, w, column_sums, bias, y, M, D, K, x_row8, w_row8, y_pitch, eps,
+    NORM: tl.constexpr, ACT: tl.constexpr, Y_UNIT: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # locate
     first_row, rows, present, cols = locate_tile(M, D, BLOCK_M, BLOCK_N)
     x_rows = x + first_row * x_row8 * 8 + rows * (x_row8 * 8)
     w_rows = w + tl.minimum(cols, D - 1) * (w_row8 * 8)
-    y_rows = y + first_row * y_row8 * 8 + rows * (y_row8 * 8)
+    y_rows = y + first_row * y_pitch * Y_UNIT + rows * (y_pitch * Y_UNIT)  # a row of logits may start anywhere
 
     # load and multiply
     acc, mean, m2 = multiply(x_rows, w_rows, K, NORM, TAIL, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)
@@ -51,23 +51,13 @@ def linear_call(
     """y = act(LN(x) Wᵀ + b), without the norm where ``eps`` is None. x and y are [B, N, C]."""
     rows, x_pitch = matrix_of("x", x)
     _, y_pitch = matrix_of("y", y)
-    kernel = "linear" if eps is None else "norm_linear"
-    problem = Problem(kernel, (rows, linear.out_dim, linear.in_dim))  # type: ignore[arg-type]
+    sizes = (rows, linear.out_dim, linear.in_dim)
+    problem = Problem("linear" if eps is None else "norm_linear", sizes, variant=(int(act is not None),))
     tile = linear_tile(target, problem)
-    pitches = [pitch // 8 for pitch in (x_pitch, linear.weight.stride(0), y_pitch)]
-    args = (
-        x,
-        linear.weight,
-        linear.column_sums,
-        linear.bias,
-        y,
-        rows,
-        linear.out_dim,
-        linear.in_dim,
-        *pitches,
-        eps or 0.0,
-    )
-    constants = {"NORM": eps is not None, "ACT": act, **linear.constants(tile)}
+    unit = 8 if y_pitch % 8 == 0 else 1
+    pitches = (x_pitch // 8, linear.weight.stride(0) // 8, y_pitch // unit)
+    args = (x, linear.weight, linear.column_sums, linear.bias, y, *sizes, *pitches, eps or 0.0)
+    constants = {"NORM": eps is not None, "ACT": act, "Y_UNIT": unit, **linear.constants(tile)}
     return Call(norm_linear_kernel, linear.programs(rows, tile), args, constants, tile, problem)
 
 

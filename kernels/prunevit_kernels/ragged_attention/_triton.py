@@ -227,6 +227,7 @@ class _Packed(TritonOp[RaggedAttention]):
         queries = out.shape[1]
         problem = Problem("ragged_attention", (b * len(self.table), queries, n), (*self.menu[0], len(self.menu)))
         tile = attention_tile(self.target, problem)
+        expect(tile.block_n <= 128, "a tile of at most 128 keys", got=tile)
         tail = -(-(n % tile.block_n) // 16) * 16
         grid = -(-queries // tile.block_m) * b * len(self.table)
         pitches = [stride // 8 for stride in (qkv.stride(0), qkv.stride(1), out.stride(0), out.stride(1))]

@@ -1,0 +1,131 @@
+"""Measure the candidate tiles of bound ops on the GPU at hand, offline. Nothing is ever tuned inside a request.
+
+All candidates are compiled first, in parallel processes that need no GPU (Triton's disk cache carries them over), and
+then timed one by one in CUDA graphs: what a launch costs the host does not count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from ._aot import compiling_for
+from ._configs import Problem, Tile, candidates
+from ._launch import Call, TritonOp
+from .target import Launch, Target
+from .tuning import Tuning, machine_name
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Compilation:
+    """What a process needs to compile a call: no tensor, only their dtypes."""
+
+    module: str
+    kernel: str
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    tile: Tile
+    problem: Problem
+    capability: int
+
+    @classmethod
+    def of(cls, call: Call, capability: int) -> _Compilation:
+        args = tuple(arg.dtype if isinstance(arg, Tensor) else arg for arg in call.args)
+        fn = call.kernel.fn
+        return cls(fn.__module__, fn.__name__, args, call.constants, call.tile, call.problem, capability)
+
+    def run(self) -> None:
+        kernel = getattr(import_module(self.module), self.kernel)
+        with compiling_for(self.capability, torch.bfloat16):
+            Call(kernel, 1, self.args, self.constants, self.tile, self.problem).compile()
+
+
+def precompile(calls: Iterable[Call], capability: int, processes: int | None = None) -> int:
+    """Fill Triton's disk cache with what the calls need; returns how many kernels that were."""
+    every = {repr(work): work for work in (_Compilation.of(call, capability) for call in calls)}
+    # spawned, not forked: CUDA does not survive a fork
+    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        list(pool.map(_Compilation.run, every.values()))
+    return len(every)
+
+
+def measure(launch: Launch, repeats: int = 20, rounds: int = 5) -> float:
+    """Median seconds a launch, over graphs of ``repeats`` launches."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            launch()
+    graph.replay()
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / repeats)
+    return float(statistics.median(times))
+
+
+def tune(
+    bound: Sequence[tuple[TritonOp[Any], Sequence[Tensor]]], target: Target, report: Report = lambda line: None
+) -> Tuning:
+    """The fastest tile of every problem among ops with the buffers that they run on."""
+    machine = machine_name()
+    dtype = str(target.dtype).removeprefix("torch.")
+    trials: dict[str, dict[Tile, tuple[TritonOp[Any], Sequence[Tensor]]]] = {}
+    for packed, buffers in bound:
+        for call in packed.calls(*buffers):
+            others = candidates(call.problem)
+            if others:  # the default comes first
+                tiles = dict.fromkeys([call.tile, *others], (packed, buffers))
+                trials.setdefault(call.problem.key(dtype), tiles)
+
+    def with_tile(key: str, tile: Tile) -> Call:
+        packed, buffers = trials[key][tile]
+        before = packed.target
+        packed.target = _with_tuning(target, Tuning(machine, {key: tile}))
+        try:
+            return next(call for call in packed.calls(*buffers) if call.problem.key(dtype) == key)
+        finally:
+            packed.target = before
+
+    major, minor = torch.cuda.get_device_capability(target.device)
+    every = [with_tile(key, tile) for key, tiles in trials.items() for tile in tiles]
+    report(f"{precompile(every, 10 * major + minor)} kernels compiled for {len(trials)} problems")
+    del every
+
+    best: dict[str, Tile] = {}
+    with torch.cuda.device(target.device):
+        for key in trials:
+            seconds = {tile: _time_of(with_tile(key, tile)) for tile in trials[key]}
+            best[key] = min(seconds, key=seconds.__getitem__)
+            default = next(iter(seconds.values()))
+            report(f"{key}: {seconds[best[key]] * 1e6:.1f} µs with {best[key]}, {default * 1e6:.1f} µs by default")
+    return Tuning(machine, best)
+
+
+def _time_of(call: Call) -> float:
+    """Infinite for a tile that this GPU has no room for."""
+    try:
+        launch = call.load()
+    except OutOfResources:
+        return float("inf")
+    return measure(launch)
+
+
+def _with_tuning(target: Target, tuning: Tuning) -> Target:
+    return dataclasses.replace(target, tuning=tuning)

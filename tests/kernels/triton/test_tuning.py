@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from prunevit_kernels import ContractError, HeadTable, RaggedAttention, tune
+from prunevit_kernels._aot import stand_in_target
+from prunevit_kernels._configs import Problem, Tile, candidates
+from prunevit_kernels._launch import Call
+from prunevit_kernels.ragged_attention._triton import pack
+from prunevit_kernels.tuning import Tuning
+
+TARGET = stand_in_target(torch.bfloat16)
+TILE = Tile(block_m=128, block_n=32, warps=8, stages=2)
+
+
+def buffers(op: RaggedAttention) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(2, 197, op.heads.width, dtype=torch.bfloat16), torch.empty(
+        2, 197, op.heads.out_width, dtype=torch.bfloat16
+    )
+
+
+@pytest.fixture
+def op() -> RaggedAttention:
+    return RaggedAttention(HeadTable.packed([13, 13], [12, 12], align=8))
+
+
+def test_a_file_comes_back_and_other_machines_stay(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.json"
+    Tuning("one GPU", {"a m64 n1 k1 bfloat16": TILE}).write(path)
+    Tuning("another GPU", {"b m64 n1 k1 bfloat16": Tile(32, 32)}).write(path)
+    assert Tuning.read(path, "one GPU").tiles == {"a m64 n1 k1 bfloat16": TILE}
+    assert Tuning.read(path, "a GPU that nobody tuned").tiles == {}
+
+
+@pytest.mark.parametrize(
+    "change", [{"block_m": 100}, {"block_k": 128}, {"warps": 64}, {"stages": 0}, {"block_n": "64"}, {"extra": 1}]
+)
+def test_sizes_that_no_kernel_has_are_refused(change: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "tuning.json"
+    Tuning("one GPU", {"key": TILE}).write(path)
+    document = json.loads(path.read_text())
+    document["machines"]["one GPU"]["key"].update(change)
+    path.write_text(json.dumps(document))
+    with pytest.raises(ContractError, match="key"):
+        Tuning.read(path, "one GPU")
+
+
+def test_a_tuned_tile_is_used(op: RaggedAttention) -> None:
+    (default,) = pack(op, TARGET).calls(*buffers(op))
+    tuning = Tuning("one GPU", {default.problem.key("bfloat16"): TILE})
+    tuned = stand_in_target(torch.bfloat16)
+    object.__setattr__(tuned, "tuning", tuning)
+    (call,) = pack(op, tuned).calls(*buffers(op))
+    assert default.tile != TILE
+    assert call.tile == TILE
+    assert call.constants["BLOCK_M"] == 128
+
+
+def test_the_fastest_candidate_wins(op: RaggedAttention, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = pack(op, TARGET)
+    (default,) = packed.calls(*buffers(op))
+    fastest = candidates(default.problem)[5]
+    compiled: list[Call] = []
+
+    def time_of(call: Call) -> float:
+        assert call.constants["BLOCK_N"] == call.tile.block_n
+        return 1.0 if call.tile == fastest else 2.0
+
+    monkeypatch.setattr(tune, "machine_name", lambda: "one GPU")
+    monkeypatch.setattr(tune, "precompile", lambda calls, capability: compiled.extend(calls) or len(compiled))
+    monkeypatch.setattr(tune, "_time_of", time_of)
+    monkeypatch.setattr(tune, "_with_tuning", lambda target, tuning: _stand_in(tuning))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    found = tune.tune([(packed, buffers(op))], TARGET)
+    assert found.tiles == {default.problem.key("bfloat16"): fastest}
+    assert {call.tile for call in compiled} == {default.tile, *candidates(default.problem)}
+    assert packed.target is TARGET
+
+
+def _stand_in(tuning: Tuning) -> object:
+    target = stand_in_target(torch.bfloat16)
+    object.__setattr__(target, "tuning", tuning)
+    return target
+
+
+def test_problems_of_nearly_as_many_rows_share_a_tile() -> None:
+    a, b = (Problem("norm_linear", (rows, 528, 307)) for rows in (64 * 197, 65 * 197))
+    assert a.key("bfloat16") == b.key("bfloat16") == "norm_linear m16384 n528 k307 bfloat16"
+    assert dataclasses.replace(a, sizes=(16385, 528, 307)).key("bfloat16") != a.key("bfloat16")
