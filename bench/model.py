@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import platform
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -21,12 +18,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from interleaved import Peer, PeerFailed, run_interleaved, speedup
-from peers import MODEL_PEERS, missing
 from rich.console import Console
 from rich.table import Table
 
 from prunevit import shapes
+from prunevit._machine import machine
+from prunevit.benchmark import MODEL_PEERS, PeerFailed, compare, missing
 
 console = Console(stderr=True)
 
@@ -42,23 +39,13 @@ GOALS = {
 
 def environment(threads: int) -> dict[str, Any]:
     """What a number must travel with."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = next(line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line)
-    versions = {}
-    for package in ("torch", "timm", "onnxruntime", "openvino"):
-        try:
-            versions[package] = __import__("importlib.metadata", fromlist=["version"]).version(package)
-        except ImportError:
-            versions[package] = "not installed"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    here = machine()
     return {
-        "cpu": model,
-        "cores": os.cpu_count(),
+        **here,
+        "versions": {name: found or "not installed" for name, found in here["versions"].items()},
         "threads": threads,
         "dtype": "float32",
-        "versions": versions,
         "commit": commit.stdout.strip(),
         "command": " ".join(["python", *sys.argv]),
     }
@@ -67,55 +54,18 @@ def environment(threads: int) -> dict[str, Any]:
 def measure(shape: str, batch: int, threads: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
     """One table: prunevit and every peer on the pruned shape, every peer on its dense original, and the FMA peak."""
     dense = shapes.dense_of(shape)
-    names = [name for name in MODEL_PEERS if missing(name) is None]
-    ours = Peer("prunevit", {"shape": shape, "batch": batch})
-    peak = Peer("fma_peak", {})
-    pruned = [Peer(name, {"shape": shape, "batch": batch}) for name in names]
-    denses = [Peer(name, {"shape": dense, "batch": batch}) for name in names]
     with console.status("") as status:
         label = f"{shape}, batch {batch}: "
-        run_interleaved(
-            [peak, ours, *pruned, *denses],
+        comparison = compare(
+            {"shape": shape},
+            {"shape": dense},
+            batch=batch,
             threads=threads,
             rounds=rounds,
             seconds=seconds,
             progress=lambda text: status.update(label + text),
         )
-    best = min(pruned, key=lambda peer: peer.quantile(0.5))
-    best_dense = min(denses, key=lambda peer: peer.quantile(0.5))
-    gmac_ratio = shapes.get(dense).macs() / shapes.get(shape).macs()
-    rows = []
-    for peer in [ours, *pruned, *denses]:
-        macs = peer.facts.get("executed_macs", shapes.get(peer.job["shape"]).macs()) * batch
-        shares = [
-            2e-6 * macs / statistics.median(ms) / statistics.median(gflops)
-            for ms, gflops in zip(peer.samples, peak.samples, strict=True)
-        ]
-        ms = peer.quantile(0.5)
-        row: dict[str, Any] = {
-            "shape": peer.job["shape"],
-            "pruned_shape": shape,
-            "batch": batch,
-            "threads": threads,
-            "impl": peer.name,
-            "ms_p50": ms,
-            "ms_p20": peer.quantile(0.2),
-            "ms_p80": peer.quantile(0.8),
-            "img_per_s": 1e3 * batch / ms,
-            "gflops": 2e-6 * macs / ms,
-            "fraction_of_peak": statistics.median(shares),
-            "ratio_to_best_peer": speedup(peer, best if peer.job["shape"] == shape else best_dense),
-        }
-        if peer is ours:
-            row |= {
-                "best_peer": best.name,
-                "best_dense_peer": best_dense.name,
-                "pruned_over_dense": speedup(ours, best_dense),
-                "macs_ratio": gmac_ratio,
-                "fma_peak_gflops": statistics.median(ms for samples in peak.samples for ms in samples),
-            }
-        rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
-    return rows
+    return [{"shape": dense if row.pop("dense") else shape, "pruned_shape": shape, **row} for row in comparison.rows()]
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:

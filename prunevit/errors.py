@@ -35,6 +35,10 @@ class DataError(PrunevitError, ValueError):
     """A data folder is missing or malformed, or does not fit the model."""
 
 
+class MissingPackage(PrunevitError, ImportError):
+    """An optional package is not installed. The message has the command that installs it."""
+
+
 class RuntimeMismatch(PrunevitError):
     """The runtime's outputs differ from the model's by more than rounding: nothing is saved or served."""
 

@@ -44,7 +44,7 @@ def kept_tokens(scores: Tensor, keep: int, prefix: int) -> Tensor:
     """scores [B, N] -> [B, prefix + keep] ascending indices. Prefix tokens always stay; ties go to the earlier."""
     order = torch.argsort(scores[:, prefix:], dim=1, descending=True, stable=True)
     patches = torch.sort(order[:, :keep], dim=1).values + prefix
-    head = torch.arange(prefix, device=scores.device).expand(len(scores), prefix)
+    head = torch.arange(prefix, device=scores.device).expand(scores.shape[0], prefix)
     return torch.cat([head, patches], dim=1)
 
 

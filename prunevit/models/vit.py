@@ -159,7 +159,7 @@ class PrunedViT(TimmSurface):
             )
             x = x.flatten(1, 2)
         prefix = [
-            token.expand(len(x), -1, -1)
+            token.expand(x.shape[0], -1, -1)
             for token in (self.cls_token, self.dist_token, self.reg_token)
             if token is not None
         ]

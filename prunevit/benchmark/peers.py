@@ -1,23 +1,27 @@
 """What can run a model on a CPU, each built as its users build it. Run as a process by ``interleaved.py``.
 
 Reads one job as JSON from the command line, answers one line when built, then one line of times for each line of
-seconds on standard input.
+seconds on standard input. A job names its model by ``checkpoint`` (a directory), ``shape`` (a published one) or
+``spec`` (random weights), and has a ``batch``, ``threads``, the ``impl`` and for some of them an ``onnx`` file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .. import checkpoint, shapes
+from ..models.vit import PrunedViT
+from ..runtime import Runtime
+from ..spec import ViTSpec
 
 Run = Callable[[], object]
 
@@ -34,50 +38,39 @@ def missing(impl: str) -> str | None:
     package = MODEL_PEERS.get(impl)
     needs = [package, "onnx", "onnxscript"] if package else []
     absent = [name for name in needs if name and find_spec(name) is None]
-    return f"{', '.join(absent)} not installed: pip install -e '.[bench]'" if absent else None
+    return f"{', '.join(absent)} not installed: pip install 'prunevit[bench]'" if absent else None
 
 
-def build_model(shape: str) -> torch.nn.Module:
-    """A named shape with random weights; every peer gets the same ones."""
-    from prunevit import shapes
-    from prunevit.models.vit import PrunedViT
+def spec_of(job: dict[str, Any]) -> ViTSpec:
+    """The shape that a job runs."""
+    if "checkpoint" in job:
+        return checkpoint.read_config(job["checkpoint"]).spec
+    return shapes.get(job["shape"]) if "shape" in job else ViTSpec.from_dict(job["spec"])
 
+
+def build_model(job: dict[str, Any]) -> PrunedViT:
+    """A checkpoint's model, or a shape with random weights, of which every peer gets the same."""
+    if "checkpoint" in job:
+        return checkpoint.load(job["checkpoint"]).eval()
     torch.manual_seed(0)
-    return PrunedViT(shapes.get(shape)).eval()
+    return PrunedViT(spec_of(job)).eval()
 
 
-def onnx_file(job: dict[str, Any]) -> Path:
-    """The shape at a static batch size as ONNX, exported once a machine: exporting takes longer than a benchmark."""
-    from prunevit import shapes
-
-    spec = shapes.get(job["shape"]).model_dump_json() + torch.__version__
-    key = hashlib.sha256(spec.encode()).hexdigest()[:12]
-    path = Path(tempfile.gettempdir()) / "prunevit-bench" / f"{job['shape']}-{job['batch']}-{key}.onnx"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        images = torch.randn(job["batch"], 3, 224, 224)
-        program = torch.onnx.export(
-            build_model(job["shape"]), (images,), dynamo=True, verbose=False, input_names=["images"]
-        )
-        assert program is not None
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            fresh = Path(folder) / "model.onnx"
-            program.save(fresh, external_data=False)
-            fresh.replace(path)
-    return path
+def images_of(job: dict[str, Any]) -> Tensor:
+    """A batch of the job's size."""
+    spec = spec_of(job)
+    return torch.randn(job["batch"], spec.in_chans, *spec.img_size)
 
 
 def prunevit_peer(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
-    from prunevit.runtime import Runtime
-
-    model, images = build_model(job["shape"]), torch.randn(job["batch"], 3, 224, 224)
-    runtime = Runtime(model, device="cpu", backend="cpu", threads=job["threads"])
+    model, images = build_model(job), images_of(job)
+    runtime = Runtime(model, device="cpu", dtype=torch.float32, threads=job["threads"])
     runtime(images)
     return lambda: runtime(images), {"executed_macs": runtime.plan().macs}
 
 
 def eager_peer(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
-    model, images = build_model(job["shape"]), torch.randn(job["batch"], 3, 224, 224)
+    model, images = build_model(job), images_of(job)
     return lambda: model(images), {}
 
 
@@ -85,7 +78,7 @@ def compile_peer(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     import torch._inductor.config as inductor
 
     inductor.freezing = True
-    model, images = build_model(job["shape"]), torch.randn(job["batch"], 3, 224, 224)
+    model, images = build_model(job), images_of(job)
     compiled = torch.compile(model)
     return lambda: compiled(images), {}
 
@@ -93,10 +86,10 @@ def compile_peer(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
 def onnxruntime_peer(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     import onnxruntime
 
-    images = torch.randn(job["batch"], 3, 224, 224)
+    images = images_of(job)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job["threads"]
-    session = onnxruntime.InferenceSession(str(onnx_file(job)), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(job["onnx"], options, providers=["CPUExecutionProvider"])
     feed = {"images": images.numpy()}
     return lambda: session.run(None, feed), {}
 
@@ -104,9 +97,9 @@ def onnxruntime_peer(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
 def openvino_peer(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     import openvino
 
-    images = torch.randn(job["batch"], 3, 224, 224)
+    images = images_of(job)
     core = openvino.Core()
-    model = core.read_model(onnx_file(job))
+    model = core.read_model(job["onnx"])
     config = {"INFERENCE_NUM_THREADS": job["threads"], "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     request = core.compile_model(model, "CPU", config).create_infer_request()
     feed = {0: images.numpy()}
@@ -115,9 +108,9 @@ def openvino_peer(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
 
 def peak_peer(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     """Not a model: the rate of fused multiply-adds that the cores reach with nothing to load."""
-    from prunevit_kernels import _cpu
+    from prunevit_kernels.cpu import extension
 
-    return lambda: _cpu.fma_peak(job["threads"], 100) / 1e9, {"returns": "gflops"}
+    return lambda: extension().fma_peak(job["threads"], 100) / 1e9, {"returns": "gflops"}
 
 
 BUILD: dict[str, Callable[[dict[str, Any]], tuple[Run, dict[str, Any]]]] = {

@@ -16,10 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-BENCH = Path(__file__).parent
 
 
 class PeerFailed(RuntimeError):
@@ -28,21 +25,23 @@ class PeerFailed(RuntimeError):
 
 @dataclass
 class Peer:
-    """One implementation of one job, in its own process; ``samples[r]`` are the milliseconds of round r."""
+    """One implementation of one job, in its own process; ``samples[r]`` are the milliseconds of round r.
+
+    The process is ``python PROGRAM JOB``: it answers a line of JSON when built, and one with ``ms`` for each line of
+    seconds on its standard input, as ``prunevit.benchmark.peers`` does.
+    """
 
     name: str
     job: dict[str, Any]
+    program: tuple[str, ...] = ("-m", "prunevit.benchmark.peers")
     samples: list[list[float]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def start(self, threads: int) -> None:
         """Build the peer and leave it stopped. Raises :class:`PeerFailed`."""
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        command = [
-            sys.executable,
-            str(BENCH / "peers.py"),
-            json.dumps({**self.job, "impl": self.name, "threads": threads}),
-        ]
+        job = json.dumps({**self.job, "impl": self.name, "threads": threads})
+        command = [sys.executable, *self.program, job]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
         )

@@ -1,0 +1,16 @@
+"""Whole models against what else runs them on this machine, interleaved, each in a process of its own."""
+
+from .compare import Comparison, compare
+from .interleaved import Peer, PeerFailed, run_interleaved, speedup
+from .peers import MODEL_PEERS, missing
+
+__all__ = [
+    "MODEL_PEERS",
+    "Comparison",
+    "Peer",
+    "PeerFailed",
+    "compare",
+    "missing",
+    "run_interleaved",
+    "speedup",
+]

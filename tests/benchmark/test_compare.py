@@ -1,0 +1,72 @@
+"""Interleaved timing: everyone has as many turns, rows say what ran, and a peer that fails says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prunevit import checkpoint
+from prunevit.benchmark import Peer, PeerFailed, compare, run_interleaved
+from prunevit.benchmark.compare import onnx_file
+from prunevit.benchmark.peers import build_model, spec_of
+from prunevit.errors import InputError
+from tests.specs import SPECS, random_model
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    model = random_model(SPECS["every_head_its_own_width"])
+    return {"checkpoint": str(checkpoint.save(model, tmp_path_factory.mktemp("bench") / "tiny"))}
+
+
+def test_times_a_checkpoint_against_its_dense_original(job: dict[str, str]) -> None:
+    dense = {"spec": SPECS["uniform"].to_dict()}
+    seen: list[str] = []
+    found = compare(job, dense, batch=2, threads=1, rounds=2, seconds=0.02, peers=["eager"], progress=seen.append)
+    assert [peer.name for peer in (found.ours, *found.pruned, *found.denses)] == ["prunevit", "eager", "eager"]
+    assert all(len(peer.samples) == 2 for peer in (found.ours, *found.pruned, *found.denses))
+    ours, eager, original = found.rows()
+    assert ours["best_peer"] == "eager"
+    assert ours["macs_ratio"] == pytest.approx(
+        SPECS["uniform"].macs() / SPECS["every_head_its_own_width"].macs(), abs=1e-4
+    )
+    assert (eager["dense"], original["dense"]) == (False, True)
+    assert ours["img_per_s"] == pytest.approx(2e3 / ours["ms_p50"], rel=1e-3)
+    assert ours["ms_p20"] <= ours["ms_p50"] <= ours["ms_p80"]
+    assert "round 2 of 2" in seen
+
+
+def test_every_peer_gets_the_same_weights(job: dict[str, str]) -> None:
+    assert all((a == b).all() for a, b in zip(build_model(job).parameters(), build_model(job).parameters()))
+    shape = {"spec": SPECS["uniform"].to_dict()}
+    assert all((a == b).all() for a, b in zip(build_model(shape).parameters(), build_model(shape).parameters()))
+    assert spec_of({"shape": "snp_deit_tiny"}).embed_dim < 192 + 1
+
+
+def test_a_peer_that_ends_early_is_named() -> None:
+    with pytest.raises(PeerFailed, match="eager"):
+        run_interleaved([Peer("eager", {"checkpoint": "nowhere", "batch": 1})], threads=1, rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"peers": ["tensorflow"]}, "peers out of eager"),
+        ({"peers": []}, "at least one peer"),
+        ({"batch": 0}, "at least one image"),
+        ({"rounds": 0}, "at least one round"),
+    ],
+)
+def test_refuses_before_it_starts_anything(job: dict[str, str], options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        compare(job, threads=1, **options)  # type: ignore[arg-type]
+
+
+def test_onnx_is_exported_once(job: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    pytest.importorskip("onnxscript", reason="ONNX peers need onnx and onnxscript")
+    first = onnx_file({**job, "batch": 2})
+    stamp = first.stat().st_mtime_ns
+    assert onnx_file({**job, "batch": 2}) == first
+    assert first.stat().st_mtime_ns == stamp
