@@ -6,28 +6,36 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
 from ..errors import PruningError, expect
 from ..models import PrunedViT
 from .budget import Budget
-from .groups import Group, Kind, groups_of
+from .groups import KINDS, Group, Kind, groups_of
 from .surgery import compact
 
 Data: TypeAlias = Iterable[Tensor | Sequence[Tensor]]
 """Batches of (images, labels), or of images alone where no label is needed."""
 
+Batches: TypeAlias = Iterable[Sequence[Tensor]]
+"""Batches of (images, labels), again and again."""
+
 
 @dataclass(frozen=True)
 class Job:
-    """One pruning: the model (left as it is), how much goes, what to measure on, and the seed of all chance."""
+    """One pruning: the model (left as it is), how much goes, what to measure on, and the seed of all chance.
+
+    ``data`` is for scores; ``train`` for methods that train, ``validation`` for those that look at accuracy.
+    """
 
     model: PrunedViT
     budget: Budget
     data: Data | None = None
     seed: int = 0
+    train: Batches | None = None
+    validation: Batches | None = None
 
 
 class Method(ABC):
@@ -43,16 +51,25 @@ class Method(ABC):
 class Scorer(Method):
     """A method that gives each unit a score; the lowest go."""
 
+    supports: ClassVar[tuple[Kind, ...]] = KINDS
+
     @abstractmethod
     def score(self, model: PrunedViT, groups: Sequence[Group], data: Data | None, seed: int) -> dict[Group, Tensor]:
         """A score for each unit of each group, on the CPU or the model's device."""
 
     def prune(self, job: Job) -> PrunedViT:
         spec = job.model.spec
-        groups = groups_of(spec, job.budget.kinds(spec, self.groups))
+        kinds = job.budget.kinds(spec, self.groups)
+        self.expect_supported(kinds)
+        groups = groups_of(spec, kinds)
         with evaluating(job.model):
             scores = self.score(job.model, groups, job.data, job.seed)
         return compact(job.model, job.budget.plan(spec, scores))
+
+    def expect_supported(self, kinds: Sequence[Kind]) -> None:
+        name, others = type(self).__name__.lower(), [kind for kind in kinds if kind not in self.supports]
+        what = f"groups that {name} scores, {', '.join(self.supports)} (for others combine it with another method)"
+        expect(not others, PruningError, what, got=", ".join(others))
 
 
 @contextmanager
@@ -92,6 +109,25 @@ def _batches(data: Data | None, model: nn.Module, most: int | None, of: str) -> 
         seen += len(images[:rest])
         yield images[:rest].to(like.device, like.dtype), None if labels is None else labels[:rest].to(like.device)
     expect(seen > 0, PruningError, f"{of} to get at least one image", got="none")
+
+
+@contextmanager
+def watched_qkv(model: PrunedViT) -> Iterator[dict[int, Tensor]]:
+    """Inside, each forward pass leaves the output of every ``attn.qkv`` [B, N, rows], by block."""
+    seen: dict[int, Tensor] = {}
+    handles = []
+    for i, block in enumerate(model.blocks):
+        if model.spec.blocks[i].qk_dims:
+
+            def keep(module: nn.Module, inputs: Any, output: Tensor, i: int = i) -> None:
+                seen[i] = output
+
+            handles.append(block.get_submodule("attn.qkv").register_forward_hook(keep))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def reduce_square(weight: Tensor, axis: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -12,19 +12,17 @@ from .. import shapes
 from ..errors import PruningError, expect
 from ..models import PrunedViT
 from ..spec import ViTSpec
+from .auto import Auto
 from .budget import Budget, Constraints, Cost
-from .magnitude import Magnitude
-from .method import Data, Job, Method
-from .random import Random
+from .combine import Sequential, Stage
+from .cp_vit import CPViT, EViT
+from .groups import check_kinds
+from .method import Batches, Data, Job, Method
 from .ranking import Ranking
+from .scorers import SCORERS
 from .surgery import as_pruned
-from .taylor import Taylor
 
-METHODS: dict[str, type[Method]] = {
-    "magnitude": Magnitude,
-    "random": Random,
-    "taylor": Taylor,
-}
+METHODS: dict[str, type[Method]] = {**SCORERS, "auto": Auto, "cp-vit": CPViT, "evit": EViT}
 
 AnyMethod: TypeAlias = str | Method
 
@@ -33,13 +31,17 @@ _RANKING = {field.name for field in fields(Ranking)}
 
 def prune(
     model: nn.Module,
-    method: AnyMethod = "magnitude",
-    constraints: Constraints | None = None,
+    method: AnyMethod | Sequence[AnyMethod] = "magnitude",
+    constraints: Constraints | Sequence[Constraints] | None = None,
     data: Data | None = None,
     *,
     cost: Cost | Mapping[str, Cost] | None = None,
     seed: int = 0,
     shape: ViTSpec | str | None = None,
+    train: Batches | None = None,
+    validation: Batches | None = None,
+    rounds: int = 1,
+    recovery: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> PrunedViT:
     """Prune a timm ViT or a PrunedViT; ``model`` is left as it is.
@@ -47,37 +49,79 @@ def prune(
     ``constraints`` say what remains of the given model: ``{"macs": "45%"}``, ``{"params": 10e6, "macs": 2.0e9}``; names
     other than macs and params need ``cost``, what a spec costs in that unit (a callable, or one by name). ``shape``
     instead asks for exactly the widths of a spec, or of a published shape by name. ``options`` are the fields of
-    :class:`Ranking` and of the method. The result has its ``plan`` set.
+    :class:`Ranking` and of the method.
 
-    Raises :class:`BudgetError` where a constraint cannot be met, :class:`PruningError` for anything else that does not
-    fit, :class:`UnsupportedModel` for a model that no spec describes.
+    Several methods are applied one after another, each to its share of the way or to constraints of its own where
+    there is one mapping for each; ``"taylor:head,mlp"`` is a method with the kinds of group that it prunes. ``rounds``
+    prunes in as many rounds, with ``recovery`` (options of :func:`recover`, on ``train``) after each pruning.
+    ``data`` is for scores, ``train`` for methods that train, ``validation`` for those that look at accuracy.
+
+    The result has its ``plan`` set. Raises :class:`BudgetError` where a constraint cannot be met,
+    :class:`PruningError` for anything else that does not fit, :class:`UnsupportedModel` for a model that no spec
+    describes.
     """
     ranking = Ranking(**{name: value for name, value in options.items() if name in _RANKING})
-    chosen = named_method(method, {name: value for name, value in options.items() if name not in _RANKING})
+    methods = [method] if isinstance(method, str | Method) else list(method)
+    expect(bool(methods), PruningError, "at least one method", got="none")
+    stages = _stages(methods, {name: value for name, value in options.items() if name not in _RANKING})
     dense = as_pruned(model)
     target = shapes.get(shape) if isinstance(shape, str) else shape
-    budget = Budget.of(dense.spec, constraints, cost, ranking, target)
-    small = chosen.prune(Job(dense, budget, data, seed))
-    earlier = dense.provenance.get("method")
-    name = method if isinstance(method, str) else type(method).__name__.lower()
+    each = list(constraints) if isinstance(constraints, Sequence) else [constraints]
+    budget = Budget.of(dense.spec, each[-1], cost, ranking, target)
+    if isinstance(constraints, Sequence):
+        fits = len(each) == len(stages) and rounds == 1
+        expect(fits, PruningError, f"constraints for each of {len(stages)} methods, in one round", got=len(each))
+        own = [Budget.of(dense.spec, mapping, cost, ranking).limits for mapping in each]
+        stages = [replace(stage, limits=limits) for stage, limits in zip(stages, own)]
+    if len(stages) == 1 and rounds == 1 and recovery is None:
+        chosen = stages[0].method
+        budget = (
+            budget if stages[0].groups is None else replace(budget, ranking=replace(ranking, groups=stages[0].groups))
+        )
+    else:
+        chosen = Sequential(stages, rounds, recovery)
+    # scores of several methods look at the images several times
+    again = list(data) if isinstance(data, Iterator) else data
+    small = chosen.prune(Job(dense, budget, again, seed, train, validation))
+    earlier = [dense.provenance["method"]] if "method" in dense.provenance else []
     small.provenance |= {
-        "method": f"{earlier}+{name}" if earlier else name,
-        "constraints": {key: str(value) for key, value in (constraints or {}).items()},
+        "method": "+".join(earlier + [m if isinstance(m, str) else type(m).__name__.lower() for m in methods]),
+        "constraints": {limit.name: limit.most for limit in budget.limits},
         "seed": seed,
     }
     return small
 
 
-def named_method(method: AnyMethod, options: Mapping[str, Any]) -> Method:
+def named_method(name: str, options: Mapping[str, Any]) -> Method:
     """A method by its name, with its options; errors list the names that there are."""
-    if isinstance(method, Method):
-        expect(not options, PruningError, "options inside the given method", got=sorted(options))
-        return method
-    expect(method in METHODS, PruningError, f"a method out of {', '.join(sorted(METHODS))}", got=repr(method))
-    kind: Any = METHODS[method]
-    known = {field.name for field in fields(kind)}
-    unknown = sorted(set(options) - known)
-    what = f"options of {method} out of {', '.join(sorted(known | _RANKING))}"
+    expect(name in METHODS, PruningError, f"a method out of {', '.join(sorted(METHODS))}", got=repr(name))
+    kind: Any = METHODS[name]
+    unknown = sorted(set(options) - _options(name))
+    what = f"options of {name} out of {', '.join(sorted(_options(name) | _RANKING))}"
     expect(not unknown, PruningError, what, got=", ".join(unknown))
-    built: Method = kind(**options)
-    return built
+    method: Method = kind(**options)
+    return method
+
+
+def _options(name: str) -> set[str]:
+    kind: Any = METHODS.get(name)
+    return set() if kind is None else {field.name for field in fields(kind)}
+
+
+def _stages(methods: Sequence[AnyMethod], options: Mapping[str, Any]) -> list[Stage]:
+    """Each method with those of the options that are its own; each option must be somebody's."""
+    names = [m.partition(":")[0] for m in methods if isinstance(m, str)]
+    for name in names if len(methods) > 1 else ():
+        named_method(name, {})
+    strangers = sorted(set(options) - set[str]().union(*map(_options, names)))
+    expect(len(methods) == 1 or not strangers, PruningError, f"options of {', '.join(names)}", got=", ".join(strangers))
+    stages = []
+    for method in methods:
+        if isinstance(method, Method):
+            expect(len(methods) > 1 or not options, PruningError, "options inside the method", got=sorted(options))
+            stages.append(Stage(method))
+            continue
+        name, _, kinds = method.partition(":")
+        own = {key: value for key, value in options.items() if len(methods) == 1 or key in _options(name)}
+        stages.append(Stage(named_method(name, own), check_kinds(kinds.split(",")) if kinds else None))
+    return stages

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CheckpointError, PruningError, expect
-from .method import evaluating
+from .method import Batches, evaluating
 from .recipe import Loss, Recipe, Student
 from .training_state import read_facts, read_state, write_state
 
-Batches: TypeAlias = Iterable[Sequence[Tensor]]
 History: TypeAlias = list[dict[str, float]]
 
 

@@ -1,0 +1,204 @@
+"""auto: different pruning ratios for attention and MLP, found by iterative pruning and binary search.
+
+"Automatic hyper-parameter search for vision transformer pruning" (PRAI 2023, §3): the attention (MHSA) and
+feed-forward (FFN) modules get ratios of their own, searched at a finer and finer step, so that accuracy loss stays
+under a bound in every round.
+
+Our reading, for any scorer:
+
+    ratio = {mhsa: 0, ffn: 0}; step = s0
+    until the budget is met or step < s_min:
+        for each part: bisect the largest ratio in (ratio, ratio + step] whose held-out accuracy drops by at most τ
+        commit the part that saves most per accuracy lost; recompute scores (optionally after a short fine-tuning)
+        if none is feasible: step /= 2
+
+Accuracy is not monotone in the ratio: the far end is tried first, and taken if it holds; bisection keeps an end that
+was measured to hold. The drop counts from the model that the round starts from, or from the dense one (``against``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+from ..errors import BudgetError, PruningError, expect
+from ..models import PrunedViT
+from .budget import Budget
+from .groups import Kind, check_kinds, groups_of
+from .journal import Journal, Probe
+from .method import Job, Method, Scorer, evaluating
+from .plan import Plan
+from .recover import accuracy, recover
+from .scorers import SCORERS
+from .surgery import compact
+
+PARTS = ("mhsa", "ffn")
+
+
+@dataclass(frozen=True)
+class Auto(Method):
+    """``tau`` is the accuracy that a round may lose; ``probes`` bisections refine each ratio.
+
+    ``finetune_epochs`` of :func:`recover` with ``recipe`` follow each committed round. ``journal`` names a file that
+    every probe is written to and an interrupted search continues from. ``on_probe`` is called with each probe.
+    """
+
+    scorer: str | Scorer = "snp"
+    tau: float = 0.01
+    step: float = 0.2
+    min_step: float = 0.02
+    probes: int = 3
+    against: Literal["round", "dense"] = "round"
+    mhsa: Sequence[Kind] = ("qk", "v")
+    ffn: Sequence[Kind] = ("mlp",)
+    finetune_epochs: int = 0
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    journal: str | os.PathLike[str] | None = None
+    on_probe: Callable[[Probe], None] | None = None
+
+    groups: ClassVar[tuple[Kind, ...]] = ("qk", "v", "mlp")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scorer, str):
+            known = sorted(SCORERS)
+            expect(self.scorer in known, PruningError, f"a scorer out of {', '.join(known)}", got=repr(self.scorer))
+        expect(
+            0 < self.min_step <= self.step <= 1, PruningError, "0 < min_step ≤ step ≤ 1", got=(self.min_step, self.step)
+        )
+        expect(
+            self.tau >= 0 and self.probes >= 0,
+            PruningError,
+            "tau and probes of at least 0",
+            got=(self.tau, self.probes),
+        )
+        expect(self.against in ("round", "dense"), PruningError, "against round or dense", got=repr(self.against))
+
+    def prune(self, job: Job) -> PrunedViT:
+        expect(len(job.budget.limits) > 0, PruningError, "constraints that say where the search ends", got="none")
+        if job.validation is None:
+            raise PruningError("auto looks at accuracy: expected validation=held-out batches, got none")
+        if self.finetune_epochs and job.train is None:
+            raise PruningError("finetune_epochs: expected train=batches of (images, labels), got none")
+        return _Search(self, job).run()
+
+
+class _Search:
+    def __init__(self, options: Auto, job: Job) -> None:
+        self.options, self.job, self.first = options, job, job.budget.limits[0]
+        self.scorer = SCORERS[options.scorer]() if isinstance(options.scorer, str) else options.scorer
+        self.kinds = {"mhsa": check_kinds(options.mhsa), "ffn": check_kinds(options.ffn)}
+        self.scorer.expect_supported([kind for kinds in self.kinds.values() for kind in kinds])
+        self.journal = Journal(options.journal, self._identity())
+        self.model, self.round = job.model, 0
+        self.ratio = dict.fromkeys(PARTS, 0.0)
+
+    def run(self) -> PrunedViT:
+        step, now = self.options.step, self._measure("start", 0.0, self.model)
+        dense, planned = now.accuracy, dict[str, Callable[[float], Plan | None]]()
+        while not self.job.budget.met(self.model.spec):
+            if step < self.options.min_step:
+                raise BudgetError(
+                    f"{self.first.name}: expected at most {self.first.most:,.6g}, but the search came to "
+                    f"{self.first.cost(self.model.spec):,.6g} at {now.accuracy:.2%} (dense {dense:.2%}) and can go no "
+                    f"further within tau {self.options.tau:.2%} a round: allow a larger tau, or finetune_epochs"
+                )
+            bound = (now.accuracy if self.options.against == "round" else dense) - self.options.tau
+            planned = planned or {part: self._planner(part) for part in PARTS}
+            found = [best for part in PARTS if (best := self._largest(part, step, bound, planned[part])) is not None]
+            if not found:
+                step /= 2
+                self.round += 1
+                continue  # the model is the same, and so are its scores
+            best = max(found, key=lambda probe: (now.cost - probe.cost) / max(now.accuracy - probe.accuracy, 1e-4))
+            now, planned = self._commit(best, planned[best.part]), {}
+        return self.model
+
+    def _largest(self, part: str, step: float, bound: float, plan_of: Callable[[float], Plan | None]) -> Probe | None:
+        """The largest ratio found that holds, by bisection between what is and one step further."""
+        low, high = self.ratio[part], min(1.0, self.ratio[part] + step)
+        best: Probe | None = None
+        for n in range(self.options.probes + 1):
+            ratio = high if n == 0 else (low + high) / 2
+            plan = plan_of(ratio)
+            if plan is None:  # nothing of this part goes at so small a step
+                low = ratio
+                continue
+            probe = self._measure(part, ratio, plan)
+            if probe.accuracy >= bound:
+                best, low = probe, ratio
+                if n == 0:
+                    break
+            else:
+                high = ratio
+        return best
+
+    def _planner(self, part: str) -> Callable[[float], Plan | None]:
+        """From a share of the dense units to a plan of the present model; scores are computed once."""
+        spec, ranking = self.model.spec, replace(self.job.budget.ranking, groups=self.kinds[part], pruning_ratio=None)
+        groups = groups_of(spec, self.kinds[part])
+        if not groups:
+            return lambda ratio: None
+        with evaluating(self.model):
+            scores = self.scorer.score(self.model, groups, self.job.data, self.job.seed)
+        start = self.ratio[part]
+
+        def plan_of(ratio: float) -> Plan | None:
+            share = (ratio - start) / (1 - start) if start < 1 else 0.0
+            plan = Budget(ranking=replace(ranking, pruning_ratio=share)).plan(spec, scores)
+            if plan == Plan.keep_all(spec):
+                return None
+            if self.job.budget.met(plan.spec()):
+                # far enough: no further than the budget asks
+                return Budget(self.job.budget.limits, ranking).plan(spec, scores)
+            return plan
+
+        return plan_of
+
+    def _commit(self, probe: Probe, plan_of: Callable[[float], Plan | None]) -> Probe:
+        plan = plan_of(probe.ratio)
+        assert plan is not None
+        self.model = compact(self.model, plan)
+        self.ratio[probe.part] = probe.ratio
+        self.journal.add(replace(probe, committed=True))
+        if self.options.finetune_epochs:
+            assert self.job.train is not None
+            path = None if self.journal.path is None else self.journal.path.with_suffix(f".round{self.round}")
+            recipe = {**self.options.recipe, "epochs": self.options.finetune_epochs, "seed": self.job.seed}
+            recover(self.model, self.job.train, teacher=self.job.model, state=path, **recipe)
+        self.round += 1
+        return self._measure("start", 0.0, self.model)
+
+    def _measure(self, part: str, ratio: float, what: Plan | PrunedViT) -> Probe:
+        probe = self.journal.find(self.round, part, ratio)
+        if probe is None:
+            model = compact(self.model, what) if isinstance(what, Plan) else what
+            assert self.job.validation is not None
+            share = self.first.cost(model.spec) / self.first.dense
+            probe = Probe(self.round, part, ratio, accuracy(model, self.job.validation), share)
+            self.journal.add(probe)
+        if self.options.on_probe is not None:
+            self.options.on_probe(probe)
+        return probe
+
+    def _identity(self) -> dict[str, Any]:
+        options = self.options
+        scorer = options.scorer if isinstance(options.scorer, str) else repr(options.scorer)
+        checksum = sum(float(p.detach().double().abs().sum()) for p in self.job.model.parameters())
+        return {
+            "search": "auto",
+            "cost": self.first.name,
+            "limits": {limit.name: limit.most for limit in self.job.budget.limits},
+            "scorer": scorer,
+            "tau": options.tau,
+            "step": options.step,
+            "min_step": options.min_step,
+            "probes": options.probes,
+            "against": options.against,
+            "kinds": {part: list(kinds) for part, kinds in self.kinds.items()},
+            "finetune_epochs": options.finetune_epochs,
+            "recipe": dict(options.recipe),
+            "seed": self.job.seed,
+            "model": f"{checksum:.6e}",
+        }

@@ -1,0 +1,61 @@
+"""Combinations: several methods one after another, and iterative pruning with recovery in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from ..errors import PruningError, expect
+from ..models import PrunedViT
+from .budget import Budget, Limit
+from .groups import Kind
+from .method import Job, Method
+from .recover import recover
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of several methods; ``groups`` are the kinds that it prunes (None: its own), ``limits`` its constraints.
+
+    Without limits it takes its share of the way to the last ones.
+    """
+
+    method: Method
+    groups: tuple[Kind, ...] | None = None
+    limits: tuple[Limit, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Sequential(Method):
+    """Stages in turn, all of them ``rounds`` times; with a ``recipe``, recovery from the given model after each.
+
+    Every stage takes an equal factor off the way from the model's cost to its limit, so that the last one ends at it;
+    a model that is to keep 25 % after two stages keeps 50 % after the first.
+    """
+
+    stages: Sequence[Stage]
+    rounds: int = 1
+    recipe: Mapping[str, Any] | None = None
+
+    groups: ClassVar[tuple[Kind, ...]] = ()
+
+    def prune(self, job: Job) -> PrunedViT:
+        expect(self.rounds >= 1, PruningError, "at least one round", got=self.rounds)
+        budget = job.budget
+        expect(bool(budget.limits), PruningError, "constraints, to share among several prunings", got="none")
+        if self.recipe is not None and job.train is None:
+            raise PruningError("recovery between prunings: expected train=batches of (images, labels), got none")
+        model, steps = job.model, [stage for _ in range(self.rounds) for stage in self.stages]
+        for n, stage in enumerate(steps, start=1):
+            limits = stage.limits or tuple(_part(limit, n / len(steps)) for limit in budget.limits)
+            ranking = budget.ranking if stage.groups is None else replace(budget.ranking, groups=stage.groups)
+            model = stage.method.prune(replace(job, model=model, budget=Budget(limits, ranking)))
+            if self.recipe is not None and job.train is not None:
+                recover(model, job.train, teacher=job.model, **{"seed": job.seed, **self.recipe})
+        return model
+
+
+def _part(limit: Limit, share: float) -> Limit:
+    """The limit after a share of the way, in equal factors."""
+    return limit if share == 1 else replace(limit, most=limit.dense * (limit.most / limit.dense) ** share)

@@ -1,0 +1,130 @@
+"""The search: its bound, its ends, its journal, and what it does where accuracy is not monotone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from prunevit.errors import BudgetError, CheckpointError, PruningError
+from prunevit.pruning import Plan, auto, prune
+from prunevit.pruning.journal import Probe, plot_journal, read_journal
+from tests.specs import block, random_images, random_model, vit
+
+SPEC = vit(block((8,) * 3, (8,) * 3, 24), block((8,) * 3, (8,) * 3, 24))
+MODEL = random_model(SPEC)
+IMAGES = random_images(SPEC, 24)
+# the dense model is right about every image: what pruning costs is seen at once
+DATA = [(IMAGES, MODEL(IMAGES).argmax(-1))]
+OPTIONS: dict[str, object] = {"scorer": "magnitude", "validation": DATA, "data": DATA, "tau": 0.2}
+
+
+def test_it_finds_ratios_of_their_own_within_the_bound_and_the_budget(tmp_path: Path) -> None:
+    probes: list[Probe] = []
+    small = prune(MODEL, "auto", {"macs": "75%"}, journal=tmp_path / "journal", on_probe=probes.append, **OPTIONS)
+    assert 0.74 <= small.spec.macs() / SPEC.macs() <= 0.75
+    header, written = read_journal(tmp_path / "journal")
+    assert header["scorer"] == "magnitude"
+    assert [p for p in written if not p.committed] == list(dict.fromkeys(probes))
+    starts = {p.round: p.accuracy for p in written if p.part == "start"}
+    committed = [p for p in written if p.committed]
+    assert committed
+    for probe in committed:
+        assert probe.accuracy >= starts[probe.round] - 0.2
+    assert Plan.from_dict(small.plan).dense == SPEC
+    plot_journal(tmp_path / "journal", tmp_path / "search.png")
+    assert (tmp_path / "search.png").stat().st_size > 5000
+
+
+def test_an_interrupted_search_continues_without_repeating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = prune(MODEL, "auto", {"macs": "75%"}, journal=tmp_path / "whole", **OPTIONS)
+    count = len((tmp_path / "whole").read_text().splitlines())
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(probe: Probe) -> None:
+        if len((tmp_path / "broken").read_text().splitlines()) >= count // 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        prune(MODEL, "auto", {"macs": "75%"}, journal=tmp_path / "broken", on_probe=stop, **OPTIONS)
+    with (tmp_path / "broken").open("a") as file:
+        file.write('{"round": 1, "part": "mh')  # the crash came while writing
+    measured = 0
+    original = auto.accuracy
+
+    def counting(*args: object) -> float:
+        nonlocal measured
+        measured += 1
+        return original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(auto, "accuracy", counting)
+    again = prune(MODEL, "auto", {"macs": "75%"}, journal=tmp_path / "broken", **OPTIONS)
+    assert again.plan == whole.plan
+    assert (tmp_path / "broken").read_text() == (tmp_path / "whole").read_text()
+    assert 0 < measured < count - 2
+    with pytest.raises(CheckpointError, match="of this search"):
+        prune(MODEL, "auto", {"macs": "70%"}, journal=tmp_path / "broken", **OPTIONS)
+
+
+def test_finetuning_between_rounds_resumes_too(tmp_path: Path) -> None:
+    options = {**OPTIONS, "train": DATA, "finetune_epochs": 1, "recipe": {"lr": 1e-4}}
+    first = prune(MODEL, "auto", {"macs": "85%"}, journal=tmp_path / "j", **options)
+    again = prune(MODEL, "auto", {"macs": "85%"}, journal=tmp_path / "j", **options)
+    alone = prune(MODEL, "auto", {"macs": "85%"}, **options)
+    for other in (again, alone):
+        assert torch.equal(first.head.weight, other.head.weight)
+        assert first.plan == other.plan
+
+
+def accuracy_by_width(monkeypatch: pytest.MonkeyPatch, worth: object) -> None:
+    monkeypatch.setattr(auto, "accuracy", lambda model, data: worth(model.spec))  # type: ignore[operator]
+
+
+def test_the_far_end_is_tried_first_where_accuracy_dips_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worse at a small ratio than at a large one: bisection from below would have stopped at once."""
+    accuracy_by_width(monkeypatch, lambda spec: 0.5 if 20 < spec.blocks[0].mlp_dim < 24 else 1.0)
+    seen: list[Probe] = []
+    prune(MODEL, "auto", {"macs": "90%"}, **{**OPTIONS, "tau": 0.0, "step": 0.25, "on_probe": seen.append})
+    assert next(p.ratio for p in seen if p.part == "ffn") == 0.25
+
+
+def test_the_step_shrinks_until_the_search_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy_by_width(monkeypatch, lambda spec: 1.0 if spec == SPEC else 0.0)
+    seen: list[Probe] = []
+    with pytest.raises(BudgetError, match="within tau"):
+        prune(MODEL, "auto", {"macs": "50%"}, **{**OPTIONS, "step": 0.4, "min_step": 0.1, "on_probe": seen.append})
+    assert {p.ratio for p in seen} >= {0.4, 0.2, 0.1}
+
+
+def test_the_part_that_saves_most_for_its_loss_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention costs accuracy, the MLP does not: the MLP gives, until nothing of it is left to give."""
+    accuracy_by_width(monkeypatch, lambda spec: 0.9 + 0.1 * sum(map(sum, (b.qk_dims for b in spec.blocks))) / 48)
+    small = prune(MODEL, "auto", {"macs": "80%"}, **OPTIONS)
+    assert [b.qk_dims for b in small.spec.blocks] == [(8, 8, 8)] * 2
+
+
+def test_against_dense_the_whole_loss_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy_by_width(monkeypatch, lambda spec: spec.macs() / SPEC.macs())
+    with pytest.raises(BudgetError):
+        prune(MODEL, "auto", {"macs": "60%"}, **{**OPTIONS, "against": "dense", "min_step": 0.05})
+    small = prune(MODEL, "auto", {"macs": "60%"}, **OPTIONS)
+    assert small.spec.macs() <= 0.6 * SPEC.macs()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"validation": None}, "held-out"),
+        ({"finetune_epochs": 1}, "expected train="),
+        ({"scorer": "auto"}, "a scorer out of gohsp"),
+        ({"step": 0.01}, "min_step"),
+        ({"mhsa": ("heads",)}, "kinds of group"),
+        ({"scorer": "snp", "mhsa": ("head",)}, "combine it"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, object], reason: str) -> None:
+    with pytest.raises(PruningError, match=reason):
+        prune(MODEL, "auto", {"macs": "75%"}, **{**OPTIONS, **options})

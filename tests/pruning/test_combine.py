@@ -1,0 +1,71 @@
+"""Several methods in turn, rounds with recovery between, and what stays equal through all of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prunevit.errors import PruningError
+from prunevit.pruning import Plan, prune
+from tests.specs import block, random_images, random_model, vit
+
+SPEC = vit(*[block((8,) * 4, (8,) * 4)] * 3)
+MODEL = random_model(SPEC)
+IMAGES = random_images(SPEC, 8)
+DATA = [(IMAGES, torch.arange(8) % 7)]
+
+
+def test_neurons_then_heads_then_blocks() -> None:
+    methods = ["snp:qk,v,mlp", "taylor:head", "magnitude:sublayer"]
+    small = prune(MODEL, methods, {"macs": "50%"}, iter(DATA))
+    assert small.spec.macs() <= 0.5 * SPEC.macs()
+    assert any(block.num_heads < 4 for block in small.spec.blocks)
+    assert not all(block.has_attn and block.has_mlp for block in small.spec.blocks)
+    plan = Plan.from_dict(small.plan)
+    assert plan.dense == SPEC
+    torch.testing.assert_close(plan.mask(MODEL)(IMAGES), small(IMAGES), rtol=1e-4, atol=1e-4)
+    assert small.provenance["method"] == "+".join(methods)
+
+
+def test_constraints_for_each_method() -> None:
+    small = prune(MODEL, ["magnitude:mlp", "magnitude:v"], [{"macs": "90%"}, {"macs": "85%"}])
+    mlp = sum(24 - block.mlp_dim for block in small.spec.blocks)
+    only = prune(MODEL, "magnitude:mlp", {"macs": "90%"})
+    assert mlp == sum(24 - block.mlp_dim for block in only.spec.blocks)
+    assert small.spec.macs() <= 0.85 * SPEC.macs()
+
+
+def test_rounds_share_the_way_and_recover_in_between() -> None:
+    small = prune(MODEL, "magnitude", {"macs": "60%"}, train=DATA, rounds=3, recovery={"epochs": 2, "lr": 1e-3})
+    again = prune(MODEL, "magnitude", {"macs": "60%"}, train=DATA, rounds=3, recovery={"epochs": 2, "lr": 1e-3})
+    assert 0.59 <= small.spec.macs() / SPEC.macs() <= 0.6
+    assert torch.equal(small(IMAGES), again(IMAGES))
+    plan = Plan.from_dict(small.plan)
+    torch.testing.assert_close(plan.lift(small)(IMAGES), small(IMAGES), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plan.mask(MODEL)(IMAGES), small(IMAGES), rtol=1e-2), "it was trained"
+
+
+def test_options_go_to_the_methods_that_have_them() -> None:
+    small = prune(MODEL, ["snp:qk", "gohsp:head"], {"macs": "85%"}, DATA, gamma=2, damping=0.5, min_kept={"qk": 2})
+    assert min(min(block.qk_dims) for block in small.spec.blocks) >= 2
+    with pytest.raises(PruningError, match="dampling"):
+        prune(MODEL, ["snp:qk", "gohsp:head"], {"macs": "85%"}, DATA, dampling=0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "constraints", "options", "reason"),
+    [
+        (["snp", "magnitud"], {"macs": "50%"}, {}, "a method out of"),
+        ([], {"macs": "50%"}, {}, "at least one method"),
+        (["magnitude:heads"], {"macs": "50%"}, {}, "kinds of group"),
+        (["magnitude", "random"], [{"macs": "50%"}], {}, "each of 2 methods"),
+        (["magnitude", "random"], None, {"pruning_ratio": 0.5}, "share among"),
+        ("magnitude", {"macs": "50%"}, {"rounds": 0}, "one round"),
+        ("magnitude", {"macs": "50%"}, {"recovery": {}}, "expected train="),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    method: object, constraints: object, options: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(PruningError, match=reason):
+        prune(MODEL, method, constraints, DATA, **options)  # type: ignore[arg-type]
