@@ -5,6 +5,12 @@
 namespace prunevit {
 namespace PRUNEVIT_ISA {
 
+// Memory that will be wanted soon: one cache line is fetched for every k on the way, `stride` floats after the last.
+struct Ahead {
+  const float* at;
+  int64_t stride;
+};
+
 template <int M, int V>
 struct Tile {
   vf at[M][V];
@@ -13,7 +19,7 @@ struct Tile {
 // acc[i][v] += Σ_k a(i, k) b[k][v]. By rows: a(i, k) = a[i * lda + k]; by columns: a[k * lda + i].
 // b has k rows of V vectors.
 template <int M, int V, bool by_rows>
-INLINE void accumulate(Tile<M, V>& acc, const float* a, int64_t lda, const float* b, int k) {
+INLINE void accumulate(Tile<M, V>& acc, const float* a, int64_t lda, const float* b, int k, Ahead ahead) {
   // Three rows share a pointer, so that all addresses stay in registers.
   const float* row[(M + 2) / 3];
   if (by_rows) {
@@ -22,6 +28,8 @@ INLINE void accumulate(Tile<M, V>& acc, const float* a, int64_t lda, const float
   }
   int p = 0;
   for (; p < k; ++p) {
+    __builtin_prefetch(ahead.at, 0, 2);
+    ahead.at += ahead.stride;
     vf operand[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) operand[v] = load(b + (p * V + v) * lanes);

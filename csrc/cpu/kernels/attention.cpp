@@ -10,7 +10,7 @@ namespace {
 template <int M, int V>
 void scores_tile(const float* k, int qk, const float* q, float* s, float* most) {
   Tile<M, V> acc = {};
-  accumulate<M, V, true>(acc, k, qk, q, qk);
+  accumulate<M, V, true>(acc, k, qk, q, qk, {k, 0});
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     vf top = load(most + v * lanes);
@@ -23,70 +23,118 @@ void scores_tile(const float* k, int qk, const float* q, float* s, float* most) 
   }
 }
 
+// The exponentials are taken while the scores are in registers.
 template <int M, int V>
-void values_tile(const float* v, int v_dim, int keys, const float* p, float* o, bool add) {
+void weights_tile(const float* k, int qk, const float* q, float* p, float* total) {
+  Tile<M, V> acc = {};
+  accumulate<M, V, true>(acc, k, qk, q, qk, {k, 0});
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    vf sum = load(total + v * lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const vf weight = exp2(acc.at[i][v]);
+      store(p + (i * V + v) * lanes, weight);
+      sum += weight;
+    }
+    store(total + v * lanes, sum);
+  }
+}
+
+template <int M, int V>
+void values_tile(const float* v, int v_dim, int keys, const float* p, float* o, bool add, Ahead ahead) {
   Tile<M, V> acc;
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
     for (int w = 0; w < V; ++w) acc.at[i][w] = add ? load(o + (i * V + w) * lanes) : vf{};
-  accumulate<M, V, false>(acc, v, v_dim, p, keys);
+  accumulate<M, V, false>(acc, v, v_dim, p, keys, ahead);
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
     for (int w = 0; w < V; ++w) store(o + (i * V + w) * lanes, acc.at[i][w]);
 }
 
-using ScoresFunction = void (*)(const float*, int, const float*, float*, float*);
-using ValuesFunction = void (*)(const float*, int, int, const float*, float*, bool);
+using KeysFunction = void (*)(const float*, int, const float*, float*, float*);
+using ValuesFunction = void (*)(const float*, int, int, const float*, float*, bool, Ahead);
 
-template <int V>
-ScoresFunction scores_of(int m) {
-  switch (m) {
-#define CASE(M) \
-  case M:       \
-    return scores_tile<(M <= rows_of[V] ? M : 1), V>;
-    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13)
-#undef CASE
-    default:
-      return scores_tile<rows_of[V], V>;
+// The instance of `function` for m rows of V vectors.
+#define INSTANCES(name, type, function)                                                                        \
+  template <int V>                                                                                             \
+  type name(int m) {                                                                                           \
+    static constexpr type all[] = {                                                                            \
+        function<1, V>,        function<AT_MOST(2), V>,  function<AT_MOST(3), V>,  function<AT_MOST(4), V>,    \
+        function<AT_MOST(5), V>, function<AT_MOST(6), V>,  function<AT_MOST(7), V>,  function<AT_MOST(8), V>,  \
+        function<AT_MOST(9), V>, function<AT_MOST(10), V>, function<AT_MOST(11), V>, function<AT_MOST(12), V>, \
+        function<AT_MOST(13), V>, function<AT_MOST(14), V>};                                                   \
+    return all[m - 1];                                                                                         \
   }
-}
+#define AT_MOST(M) (M <= rows_of[V] ? M : 1)
+INSTANCES(scores_of, KeysFunction, scores_tile)
+INSTANCES(weights_of, KeysFunction, weights_tile)
+INSTANCES(values_of, ValuesFunction, values_tile)
 
-template <int V>
-ValuesFunction values_of(int m) {
-  switch (m) {
-#define CASE(M) \
-  case M:       \
-    return values_tile<(M <= rows_of[V] ? M : 1), V>;
-    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13)
-#undef CASE
-    default:
-      return values_tile<rows_of[V], V>;
+template <class Of1, class Of2>
+INLINE void by_keys(Of1 of1, Of2 of2, const float* k, int qk, int keys, const float* q, int vectors, float* s, float* top) {
+  const int tiles = tile_count(keys, rows_of[vectors]);
+  for (int i = 0; i < tiles; ++i) {
+    const int first = tile_start(keys, tiles, i), m = tile_start(keys, tiles, i + 1) - first;
+    const KeysFunction function = vectors == 1 ? of1(m) : of2(m);
+    function(k + (int64_t)first * qk, qk, q, s + first * vectors * lanes, top);
   }
 }
 
 }  // namespace
 
-void transpose_in(const float* from, int64_t pitch, int count, int width, int vectors, float* to) {
-  const int queries = vectors * lanes;
-  for (int r = 0; r < queries; ++r)
-    for (int c = 0; c < width; ++c) to[c * queries + r] = r < count ? from[r * pitch + c] : 0.0f;
+void copy_columns(const float* from, int64_t pitch, int n, int width, float* to) {
+  const int whole = width / lanes * lanes, rest = width - whole;
+  for (int r = 0; r < n; ++r, from += pitch, to += width) {
+    for (int c = 0; c < whole; c += lanes) store(to + c, load(from + c));
+    // a whole vector: what is too much is overwritten by the next row
+    if (rest) store(to + whole, load_first(from + whole, rest));
+  }
 }
 
-void transpose_out(const float* from, int vectors, int count, int width, float* to, int64_t pitch) {
+void transpose_in(const float* from, int64_t pitch, int count, int width, int vectors, float* to) {
   const int queries = vectors * lanes;
-  for (int r = 0; r < count; ++r)
-    for (int c = 0; c < width; ++c) to[r * pitch + c] = from[c * queries + r];
+  for (int v = 0; v < vectors; ++v)
+    for (int c = 0; c < width; c += lanes) {
+      const int cols = width - c < lanes ? width - c : (int)lanes;
+      vf rows[lanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r)
+        rows[r] = v * lanes + r < count ? load_first(from + (v * lanes + r) * pitch + c, cols) : vf{};
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int d = 0; d < lanes; ++d)
+        if (d < cols) store(to + (c + d) * queries + v * lanes, rows[d]);
+    }
+}
+
+void transpose_out(const float* from, int vectors, int count, int width, const float* scale, float* to,
+                   int64_t pitch) {
+  const int queries = vectors * lanes;
+  for (int v = 0; v < vectors; ++v) {
+    const vf by = load(scale + v * lanes);
+    for (int c = 0; c < width; c += lanes) {
+      const int cols = width - c < lanes ? width - c : (int)lanes;
+      vf rows[lanes];
+#pragma GCC unroll 16
+      for (int d = 0; d < lanes; ++d) rows[d] = d < cols ? load(from + (c + d) * queries + v * lanes) * by : vf{};
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r)
+        if (v * lanes + r < count) store_first(to + (v * lanes + r) * pitch + c, rows[r], cols);
+    }
+  }
+}
+
+void weights(const float* k, int qk, int keys, const float* q, int vectors, float* p, float* total) {
+  by_keys(weights_of<1>, weights_of<2>, k, qk, keys, q, vectors, p, total);
 }
 
 void scores(const float* k, int qk, int keys, const float* q, int vectors, float* s, float* most) {
-  const int tiles = tile_count(keys, rows_of[vectors]);
-  for (int i = 0; i < tiles; ++i) {
-    const int first = tile_start(keys, tiles, i), m = tile_start(keys, tiles, i + 1) - first;
-    const ScoresFunction function = vectors == 1 ? scores_of<1>(m) : scores_of<2>(m);
-    function(k + (int64_t)first * qk, qk, q, s + first * vectors * lanes, most);
-  }
+  by_keys(scores_of<1>, scores_of<2>, k, qk, keys, q, vectors, s, most);
 }
 
 void exponentials(float* s, int keys, int vectors, const float* most, float* total) {
@@ -102,12 +150,12 @@ void exponentials(float* s, int keys, int vectors, const float* most, float* tot
   }
 }
 
-void values(const float* v, int v_dim, int keys, const float* p, int vectors, float* o, bool add) {
+void values(const float* v, int v_dim, int keys, const float* p, int vectors, float* o, bool add, Fetch& fetch) {
   const int tiles = tile_count(v_dim, rows_of[vectors]);
   for (int i = 0; i < tiles; ++i) {
     const int first = tile_start(v_dim, tiles, i), m = tile_start(v_dim, tiles, i + 1) - first;
     const ValuesFunction function = vectors == 1 ? values_of<1>(m) : values_of<2>(m);
-    function(v + first, v_dim, keys, p, o + first * vectors * lanes, add);
+    function(v + first, v_dim, keys, p, o + first * vectors * lanes, add, next_line(fetch, v));
   }
 }
 

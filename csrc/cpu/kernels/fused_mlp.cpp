@@ -85,7 +85,7 @@ struct FusedMlpStep final : Step {
     for (int p = 0; p < l.panels; ++p) {
       const int column = panel_column(l, p);
       Dest dest = {Into::scratch, sums + column, out_pitch(), chunk == 0 ? nullptr : sums + column, out_pitch(),
-                   l.bias + column, l.gamma + column, l.out - column};
+                   l.bias + column, l.gamma + column, l.out - column, nullptr};
       if (scatter) {
         dest.into = Into::linear;
         dest.cols = widest;
@@ -93,9 +93,10 @@ struct FusedMlpStep final : Step {
         dest.into = Into::residual;
         dest.c = x + column;
         dest.ldc = op.x.pitch;
+        dest.next_c = p + 1 < l.panels ? dest.c + panel * lanes : nullptr;
       }
       multiply_panel(hidden, chunk_pitch(), rows, l.weight + panel_weight(l, chunk, p), panel_vectors(l, p),
-                     l.k_start[chunk + 1] - l.k_start[chunk], dest);
+                     l.k_start[chunk + 1] - l.k_start[chunk], next_panel(l, chunk, p), dest);
       if (scatter) scatter_panel(l, p, sums + column, out_pitch(), rows, x, op.x.pitch);
     }
   }

@@ -7,10 +7,11 @@ namespace PRUNEVIT_ISA {
 namespace {
 
 template <int M, int V>
-void tile(const float* a, int64_t lda, const float* b, int k, const Dest& d) {
+void tile(const float* a, int64_t lda, const float* b, int k, Ahead ahead, const Dest& dest) {
   Tile<M, V> acc = {};
-  accumulate<M, V, true>(acc, a, lda, b, k);
+  accumulate<M, V, true>(acc, a, lda, b, k, ahead);
 
+  const Dest d = dest;
   // Added last: chains of sums as short as a block keep the rounding error small.
   if (d.part != nullptr)
 #pragma GCC unroll 16
@@ -18,33 +19,36 @@ void tile(const float* a, int64_t lda, const float* b, int k, const Dest& d) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc.at[i][v] += load(d.part + i * d.ldpart + v * lanes);
 
-  if (d.into == Into::scratch) {
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store(d.c + i * d.ldc + v * lanes, acc.at[i][v]);
-    return;
-  }
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
+    float* c = d.c + v * lanes;
     const int cols = d.cols - v * lanes;
-    const vf bias = load(d.bias + v * lanes), gamma = load(d.gamma + v * lanes);
+    if (d.into == Into::scratch) {
 #pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      float* c = d.c + i * d.ldc + v * lanes;
-      vf y = acc.at[i][v] + bias;
+      for (int i = 0; i < M; ++i) store(c + i * d.ldc, acc.at[i][v]);
+      continue;
+    }
+    const vf bias = load(d.bias + v * lanes), gamma = load(d.gamma + v * lanes);
+    if (d.into == Into::linear) {
       if (cols >= lanes) {
-        if (d.into == Into::residual) y = load(c) + gamma * y;
-        store(c, y);
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i) store(c + i * d.ldc, acc.at[i][v] + bias);
       } else if (cols > 0) {
-        if (d.into == Into::residual) y = load_first(c, cols) + gamma * y;
-        store_first(c, y, cols);
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i) store_first(c + i * d.ldc, acc.at[i][v] + bias, cols);
       }
+    } else if (cols >= lanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) store(c + i * d.ldc, load(c + i * d.ldc) + gamma * (acc.at[i][v] + bias));
+    } else if (cols > 0) {
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i)
+        store_first(c + i * d.ldc, load_first(c + i * d.ldc, cols) + gamma * (acc.at[i][v] + bias), cols);
     }
   }
 }
 
-using TileFunction = void (*)(const float*, int64_t, const float*, int, const Dest&);
+using TileFunction = void (*)(const float*, int64_t, const float*, int, Ahead, const Dest&);
 
 template <int V>
 TileFunction tile_of(int m) {
@@ -61,7 +65,8 @@ TileFunction tile_of(int m) {
 
 }  // namespace
 
-void multiply_panel(const float* a, int64_t lda, int rows, const float* b, int vectors, int k, const Dest& dest) {
+void multiply_panel(const float* a, int64_t lda, int rows, const float* b, int vectors, int k, const float* next,
+                    const Dest& dest) {
   const int tiles = tile_count(rows, rows_of[vectors]);
   Dest d = dest;
   for (int i = 0; i < tiles; ++i) {
@@ -69,7 +74,12 @@ void multiply_panel(const float* a, int64_t lda, int rows, const float* b, int v
     const TileFunction function = vectors == 1 ? tile_of<1>(m) : vectors == 2 ? tile_of<2>(m) : tile_of<3>(m);
     d.c = dest.c + first * dest.ldc;
     if (dest.part != nullptr) d.part = dest.part + first * dest.ldpart;
-    function(a + first * lda, lda, b, k, d);
+    // The first tiles fetch the next panel, k lines each, and the next ones what the next panel's results go to.
+    const int lines = vectors * lanes / 16;
+    Ahead ahead = {a + first * lda, 0};
+    if (i < lines) ahead = {next + (int64_t)i * k * 16, 16};
+    else if (dest.next_c != nullptr && i < 2 * lines) ahead = {dest.next_c + (i - lines) * 16, dest.ldc};
+    function(a + first * lda, lda, b, k, ahead, d);
   }
 }
 
@@ -80,7 +90,7 @@ void linear_panel(const Linear& l, int p, const float* a, int64_t lda, int rows,
     const bool last = block + 1 == l.blocks, scatter = last && l.writes != nullptr;
     const int k = l.k_start[block + 1] - l.k_start[block];
     Dest dest = {Into::scratch, part, widest, block == 0 ? nullptr : part, widest, l.bias + column, l.gamma + column,
-                 l.out - column};
+                 l.out - column, nullptr};
     if (scatter) {
       dest.into = Into::linear;
       dest.cols = widest;
@@ -88,8 +98,10 @@ void linear_panel(const Linear& l, int p, const float* a, int64_t lda, int rows,
       dest.into = into;
       dest.c = c;
       dest.ldc = ldc;
+      dest.next_c = p + 1 < l.panels ? c + panel * lanes : nullptr;
     }
-    multiply_panel(a + l.k_start[block], lda, rows, l.weight + panel_weight(l, block, p), vectors, k, dest);
+    multiply_panel(a + l.k_start[block], lda, rows, l.weight + panel_weight(l, block, p), vectors, k,
+                   next_panel(l, block, p), dest);
     if (scatter) scatter_panel(l, p, part, widest, rows, c, ldc);
   }
 }

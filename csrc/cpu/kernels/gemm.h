@@ -19,11 +19,14 @@ struct Dest {
   const float* part;
   int64_t ldpart;
   const float *bias, *gamma;
-  int cols;  // columns of c that may be written
+  int cols;             // columns of c that may be written
+  const float* next_c;  // where the next panel's results go, or null
 };
 
-// c[rows, panel] = a[rows, k] b[k, panel]: `rows` is cut into equal tiles. vectors: the panel's width.
-void multiply_panel(const float* a, int64_t lda, int rows, const float* b, int vectors, int k, const Dest& dest);
+// c[rows, panel] = a[rows, k] b[k, panel]: `rows` is cut into equal tiles. vectors: the panel's width. next: the panel
+// that is read after this one, fetched from memory meanwhile.
+void multiply_panel(const float* a, int64_t lda, int rows, const float* b, int vectors, int k, const float* next,
+                    const Dest& dest);
 
 // Which blocks of rows a matrix is cut into, so that every thread has equally much and a block stays in the L2 cache.
 struct RowBlocks {
@@ -47,6 +50,11 @@ INLINE int panel_column(const Linear& l, int p) { return p * l.panel * l.lanes; 
 INLINE int64_t panel_weight(const Linear& l, int block, int p) {
   const int k = l.k_start[block + 1] - l.k_start[block];
   return (int64_t)l.k_start[block] * l.vectors * l.lanes + (int64_t)panel_column(l, p) * k;
+}
+
+INLINE const float* next_panel(const Linear& l, int block, int p) {
+  const int next = p + 1 < l.panels ? p + 1 : 0;
+  return l.weight + panel_weight(l, next == 0 && block + 1 < l.blocks ? block + 1 : block, next);
 }
 
 // Where linear_panel puts panel p in a residual row.

@@ -5,26 +5,47 @@
 namespace prunevit {
 namespace PRUNEVIT_ISA {
 
-// y = (x - mean) / sqrt(var + eps). The variance is taken around the mean: tokens may lie far from zero.
-INLINE void normalise(const float* x, int n, float eps, float* y) {
+// y = (x - mean) / sqrt(var + eps) for `count` rows. The variance is taken around the mean: tokens may lie far from
+// zero. Rows go through together because each is a chain of sums that waits for itself.
+template <int count>
+INLINE void normalise_together(const float* x, int64_t x_pitch, int n, float eps, float* y, int64_t y_pitch) {
   const int whole = n / lanes * lanes, rest = n - whole;
-  vf sum = {};
-  for (int i = 0; i < whole; i += lanes) sum += load(x + i);
-  if (rest) sum += load_first(x + whole, rest);
-  const float mean = sum_of(sum) / n;
-
-  vf squares = {};
-  for (int i = 0; i < whole; i += lanes) {
-    const vf d = load(x + i) - splat(mean);
-    squares += d * d;
+  vf sum[count], mean[count], squares[count], scale[count];
+#pragma GCC unroll 4
+  for (int r = 0; r < count; ++r) sum[r] = rest ? load_first(x + r * x_pitch + whole, rest) : vf{};
+  for (int i = 0; i < whole; i += lanes)
+#pragma GCC unroll 4
+    for (int r = 0; r < count; ++r) sum[r] += load(x + r * x_pitch + i);
+#pragma GCC unroll 4
+  for (int r = 0; r < count; ++r) {
+    mean[r] = sum_of(sum[r]) * splat(1.0f / (float)n);
+    squares[r] = vf{};
+    if (rest) {
+      const vf d = keep_first(load_first(x + r * x_pitch + whole, rest) - mean[r], rest);
+      squares[r] = d * d;
+    }
   }
-  float tail = 0.0f;
-  for (int i = whole; i < n; ++i) tail += (x[i] - mean) * (x[i] - mean);
-  const float scale = 1.0f / sqrtf((sum_of(squares) + tail) / n + eps);
-
-  for (int i = 0; i < whole; i += lanes) store(y + i, (load(x + i) - splat(mean)) * splat(scale));
-  if (rest) store_first(y + whole, (load_first(x + whole, rest) - splat(mean)) * splat(scale), rest);
+  for (int i = 0; i < whole; i += lanes)
+#pragma GCC unroll 4
+    for (int r = 0; r < count; ++r) {
+      const vf d = load(x + r * x_pitch + i) - mean[r];
+      squares[r] += d * d;
+    }
+#pragma GCC unroll 4
+  for (int r = 0; r < count; ++r) {
+    const vf variance = sum_of(squares[r]) * splat(1.0f / (float)n);
+    scale[r] = splat(1.0f / sqrtf(variance[0] + eps));
+  }
+  for (int i = 0; i < whole; i += lanes)
+#pragma GCC unroll 4
+    for (int r = 0; r < count; ++r) store(y + r * y_pitch + i, (load(x + r * x_pitch + i) - mean[r]) * scale[r]);
+  if (rest)
+#pragma GCC unroll 4
+    for (int r = 0; r < count; ++r)
+      store_first(y + r * y_pitch + whole, (load_first(x + r * x_pitch + whole, rest) - mean[r]) * scale[r], rest);
 }
+
+INLINE void normalise(const float* x, int n, float eps, float* y) { normalise_together<1>(x, 0, n, eps, y, 0); }
 
 // With its own weight and bias: affine is [2, n].
 INLINE void normalise_affine(const float* x, int n, float eps, const float* affine, float* y) {
@@ -35,14 +56,16 @@ INLINE void normalise_affine(const float* x, int n, float eps, const float* affi
 // The normalised inputs of a linear for rows [first, last) of x, `pitch` floats apart in `to`. `row` holds one whole row.
 INLINE void normalise_rows(const Matrix& x, int64_t first, int64_t last, float eps, const Linear& linear, float* row,
                            float* to, int64_t pitch) {
-  for (int64_t r = first; r < last; ++r, to += pitch) {
-    const float* from = x.data + r * x.pitch;
-    if (linear.reads == nullptr) {
-      normalise(from, (int)x.cols, eps, to);
-    } else {
-      normalise(from, (int)x.cols, eps, row);
-      for (int i = 0; i < linear.in; ++i) to[i] = row[linear.reads[i]];
-    }
+  const int n = (int)x.cols;
+  int64_t r = first;
+  if (linear.reads == nullptr) {
+    for (; r + 4 <= last; r += 4)
+      normalise_together<4>(x.data + r * x.pitch, x.pitch, n, eps, to + (r - first) * pitch, pitch);
+    for (; r < last; ++r) normalise(x.data + r * x.pitch, n, eps, to + (r - first) * pitch);
+  }
+  for (; r < last; ++r) {
+    normalise(x.data + r * x.pitch, n, eps, row);
+    for (int i = 0; i < linear.in; ++i) to[(r - first) * pitch + i] = row[linear.reads[i]];
   }
 }
 

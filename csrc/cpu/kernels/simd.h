@@ -73,6 +73,17 @@ INLINE void store_first(float* p, vf v, int n) {
 }
 #endif
 
+// x with zeros in the lanes from n on.
+#if defined(__AVX512F__)
+INLINE vf keep_first(vf x, int n) { return (vf)_mm512_maskz_mov_ps((__mmask16)(0xFFFFu >> (16 - n)), (__m512)x); }
+#else
+INLINE vf keep_first(vf x, int n) {
+  vi lane;
+  for (int l = 0; l < lanes; ++l) lane[l] = l;
+  return (vf)((vi)x & (lane < n));
+}
+#endif
+
 // Where a lane of b is NaN, so is the result.
 #if defined(__AVX512F__)
 INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -90,12 +101,37 @@ INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 
 INLINE vf vabs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
-INLINE float sum_of(vf v) {
-  float parts[lanes];
-  store(parts, v);
-  for (int half = lanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
-  return parts[0];
+// Lane l of the result is lane `l ^ by` of v.
+INLINE vf exchange(vf v, int by) {
+  vi from;
+  for (int l = 0; l < lanes; ++l) from[l] = l ^ by;
+  return __builtin_shuffle(v, from);
+}
+
+// In every lane the sum over all lanes.
+INLINE vf sum_of(vf v) {
+#pragma GCC unroll 4
+  for (int by = lanes / 2; by > 0; by /= 2) v += exchange(v, by);
+  return v;
+}
+
+// Transpose lanes x lanes floats: one butterfly a bit of the index.
+INLINE void transpose(vf (&rows)[lanes]) {
+#pragma GCC unroll 4
+  for (int h = lanes / 2; h > 0; h /= 2) {
+    vi low, high;
+    for (int l = 0; l < lanes; ++l) {
+      low[l] = l & h ? lanes + l - h : l;
+      high[l] = l & h ? lanes + l : l + h;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & h) continue;
+      const vf a = rows[i], b = rows[i + h];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + h] = __builtin_shuffle(a, b, high);
+    }
+  }
 }
 
 INLINE float max_of(vf v) {

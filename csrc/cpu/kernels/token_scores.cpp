@@ -11,7 +11,7 @@ struct TokenScoresStep final : Step {
 
   Need need(int) const override {
     const int64_t n = op.qkv.rows;
-    const int64_t each = (widest_head + lanes + tile_queries) * n + (widest_head + 2) * tile_queries;
+    const int64_t each = copied_floats(n, widest_head) + (lanes + tile_queries) * n + (widest_head + 2) * tile_queries;
     return {each, op.qkv.batch * op.head_count * n};
   }
 
@@ -33,7 +33,7 @@ struct TokenScoresStep final : Step {
   // For every key the most that any query pays it; under class_attention the class token is the only query.
   void one_head(const float* rows, const Head& head, float* to, float* scratch) const {
     const int n = (int)op.qkv.rows, queries = op.rule == Rule::class_attention ? 1 : n;
-    float *k = scratch, *best = k + (int64_t)widest_head * n, *s = best + (int64_t)lanes * n;
+    float *k = scratch, *best = k + copied_floats(n, widest_head), *s = best + (int64_t)lanes * n;
     float *qt = s + (int64_t)tile_queries * n, *most = qt + widest_head * tile_queries, *total = most + tile_queries;
     copy_columns(rows + head.k_at, op.qkv.pitch, n, head.qk, k);
     for (int key = 0; key < n; ++key) store(best + (int64_t)key * lanes, vf{});
