@@ -1,0 +1,95 @@
+"""What the torch.library ops share: which target serves a tensor, its packs, and running them on buffers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef  # type: ignore[attr-defined]  # torch documents it there
+
+from ._expect import expect
+from ._packs import Pack, PackCache, Weights
+from ._workspace import View, bound
+from .op import Op
+from .target import BackendName, Target
+
+packs = PackCache()
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@cache
+def cpu_extension_built() -> bool:
+    """Are the C++ kernels there?"""
+    return find_spec("prunevit_kernels._cpu") is not None
+
+
+def kernel_backend(device: torch.device, dtype: torch.dtype) -> BackendName:
+    """The backend whose kernels serve a device and dtype; ``torch``, the reference ops, where none does."""
+    if device.type == "cuda" and dtype in HALF:
+        return "cuda"
+    if device.type == "cpu" and dtype == torch.float32 and cpu_extension_built():
+        return "cpu"
+    return "torch"
+
+
+@cache
+def _target(backend: BackendName, device: torch.device, dtype: torch.dtype, threads: int) -> Target:
+    return Target(backend, device, dtype, threads)  # one object for each: packs of one target share its thread pool
+
+
+def _target_of(x: Tensor, backend: str) -> Target:
+    name: Any = kernel_backend(x.device, x.dtype) if backend == "auto" else backend
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    expect(not capturing, "no CUDA graph capture: a replay would not see that weights have changed", got="a capture")
+    threads = min(torch.get_num_threads(), os.cpu_count() or 1) if name == "cpu" else 1
+    return _target(name, x.device, x.dtype, threads)
+
+
+def packed(
+    kind: tuple[object, ...],
+    x: Tensor,
+    weights: Weights,
+    backend: str,
+    trust_versions: bool,
+    make: Callable[..., Sequence[Op]],
+) -> Pack:
+    """The pack for x's device and dtype. ``kind`` names the op with all that ``make`` depends on besides weights."""
+    for weight in weights:
+        same = weight is None or weight.device == x.device
+        expect(same, "weights on x's device", got=weight is not None and weight.device, want=x.device)
+    return packs.get(kind, weights, _target_of(x, backend), make, trust_versions=trust_versions)
+
+
+def run(pack: Pack, views: Sequence[View], steps: Sequence[Sequence[int]], inputs: dict[int, Tensor | None]) -> Any:
+    """Copy inputs (None: zeros) into their buffers and run; the buffers still hold the results."""
+    launch, windows = bound(pack, views, steps)
+    for index, tensor in inputs.items():
+        if tensor is None:
+            windows[index].zero_()
+        else:
+            windows[index].copy_(tensor)
+    launch()
+    return windows
+
+
+def owned(window: Tensor) -> Tensor:
+    """A copy that belongs to the caller."""
+    return window.clone(memory_format=torch.contiguous_format)
+
+
+def register(schema: str, *, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Register a function as ``prunevit::`` its name."""
+
+    def under_its_name(function: Callable[..., Any]) -> CustomOpDef:
+        name = f"prunevit::{function.__name__}"
+        # a captured CUDA graph would freeze the pack: inductor leaves the op out of its captures
+        tags = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+        return torch.library.custom_op(name, function, mutates_args=mutates, schema=schema, tags=tags)
+
+    return under_its_name

@@ -1,0 +1,128 @@
+"""Packed weights that are never stale: looked up by the tensors they were made from, at every call.
+
+A pack is used only if those tensors still hold the bytes that it was made from. How that is known is the caller's
+choice, ``trust_versions``:
+
+``False``: every byte is compared with a copy taken when packing. Whatever wrote to the tensors, and however, is seen.
+``True``: the same tensor object, the same memory (held by the cache: its address cannot come back as another's), the
+same layout and the same version counter. PyTorch counts every write through a tensor's own operations, but not those
+through ``tensor.data``, NumPy or DLPack views, or another process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .op import Op
+from .target import PackedOp, Target
+
+Weights = tuple[Tensor | None, ...]
+
+_memcmp = ctypes.CDLL(None).memcmp  # releases the GIL
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _dense(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def same_bytes(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
+    """Are all tensors, bit for bit, what their copies are? One synchronisation on a GPU."""
+    elsewhere = []
+    for tensor, copy in zip(tensors, copies):
+        if tensor.shape != copy.shape or tensor.dtype != copy.dtype or tensor.device != copy.device:
+            return False
+        if _dense(tensor) and _dense(copy):
+            if _memcmp(tensor.data_ptr(), copy.data_ptr(), tensor.nbytes) != 0:
+                return False
+        else:
+            bits = _BITS[tensor.element_size()]
+            elsewhere.append((tensor.detach().view(bits) != copy.view(bits)).any())
+    return not elsewhere or not bool(torch.stack(elsewhere).any())
+
+
+class Pack:
+    """Ops packed from the tensors ``weights``, and how to tell whether those have changed since."""
+
+    def __init__(self, weights: Weights, target: Target, make: Callable[..., Sequence[Op]], trust: bool) -> None:
+        self.target = target
+        tensors = [w for w in weights if w is not None]
+        # read before the weights are: a write that comes in between makes this pack old, not wrong
+        self.stamps = [_stamp(t) for t in tensors] if trust and not any(t.is_inference() for t in tensors) else None
+        self.held = [t.untyped_storage() for t in tensors] if self.stamps is not None else []
+        with torch.inference_mode(False), torch.no_grad():
+            copied = [None if w is None else w.detach().clone() for w in weights]
+            self.ops: list[PackedOp] = [op.pack(target) for op in make(target, *copied)]
+        self.copies = None if self.stamps is not None else [c for c in copied if c is not None]
+        if target.device.type == "cuda":
+            torch.cuda.synchronize(target.device)  # callers on other streams may use it at once
+
+    def is_of(self, weights: Weights) -> bool:
+        tensors = [w for w in weights if w is not None]
+        if self.copies is not None:
+            return same_bytes(tensors, self.copies)
+        return not any(t.is_inference() for t in tensors) and [_stamp(t) for t in tensors] == self.stamps
+
+
+def _stamp(tensor: Tensor) -> tuple[object, ...]:
+    return (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+class PackCache:
+    """Packs by the identity of the tensors they come from. An entry goes when one of its tensors does. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._packs: dict[tuple[Hashable, ...], tuple[Pack, list[Any]]] = {}
+        self._lock = threading.RLock()
+        self.made = 0
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def get(
+        self,
+        kind: Hashable,
+        weights: Weights,
+        target: Target,
+        make: Callable[..., Sequence[Op]],
+        *,
+        trust_versions: bool,
+    ) -> Pack:
+        """The pack of ``make(target, *weights)``; ``kind`` has all that ``make`` depends on besides."""
+        key = (kind, target, trust_versions, *map(id, weights))
+        entry = self._packs.get(key)
+        if entry is not None and entry[0].is_of(weights):
+            return entry[0]
+        with self._lock:  # whoever waited here may find the pack made
+            entry = self._packs.get(key)
+            if entry is not None and entry[0].is_of(weights):
+                return entry[0]
+            # an old pack's memory is free before the new one asks for as much
+            self._packs.pop(key, None)
+            del entry
+            pack = Pack(weights, target, make, trust_versions)
+            # no lock in the callback: it may run in the middle of anything, and pop is atomic
+            forget = partial(_forget, weakref.ref(self), key)
+            self._packs[key] = pack, [weakref.ref(w, forget) for w in weights if w is not None]
+            self.made += 1
+            return pack
+
+    def clear(self) -> None:
+        with self._lock:
+            self._packs.clear()
+
+
+def _forget(cache: weakref.ref[PackCache], key: tuple[Hashable, ...], _: object) -> None:
+    alive = cache()
+    if alive is not None:
+        alive._packs.pop(key, None)

@@ -1,0 +1,183 @@
+"""A whole transformer block on kernels: norm → qkv → heads → proj → residual → norm → MLP → residual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm, LayerScale, Mlp
+from torch import Tensor, nn
+
+from ..models.block import Block as EagerBlock
+from ..models.block import _read, _write
+from ..spec import Act, BlockSpec
+from ._attention import ATTENTIONS, attention_refusal, heads_of, init_linears, one_block_spec
+from ._mlp import act_of, mlp_refusal
+from ._module import PATH, KernelModule, Part, parts_refusal, tensors_refusal
+
+NORM = (nn.LayerNorm, LayerNorm)
+SCALE = (LayerScale, nn.Identity)
+MLP = (Mlp,)
+
+
+class BlockOnKernels(KernelModule):
+    """A pre-norm transformer block x [B, N, E] -> [B, N, E] on kernels."""
+
+    @property
+    def _attends(self) -> bool:
+        """Has it heads? What an emptied attention adds is a bias, and runs eagerly; the same for an emptied MLP."""
+        attn: Any = self.attn
+        return attn is not None and attn.qkv is not None
+
+    @property
+    def _has_mlp(self) -> bool:
+        mlp: Any = self.mlp
+        return mlp is not None and not isinstance(mlp, nn.Sequential)
+
+    def refusal(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
+        if x.dim() != 3:
+            return f"x has {x.dim()} dimensions"
+        reason = self._call_refusal(x, attn_mask, is_causal)
+        if reason is None and self._attends:
+            reason = self._half_refusal("1", x) or self._kind_refusal("attn", ATTENTIONS)
+            reason = reason or attention_refusal(self.attn, "attn.") or tensors_refusal(x, self._attention_tensors())
+        if reason is None and self._has_mlp:
+            reason = self._half_refusal("2", x) or self._kind_refusal("mlp", MLP)
+            reason = reason or mlp_refusal(self.mlp, "mlp.") or tensors_refusal(x, self._mlp_tensors())
+        return reason
+
+    def _kind_refusal(self, name: str, types: tuple[type[nn.Module], ...]) -> str | None:
+        return parts_refusal([Part(name, getattr(self, name), types)])
+
+    def _half_refusal(self, half: str, x: Tensor) -> str | None:
+        norm, scale, path = (getattr(self, name + half) for name in ("norm", "ls", "drop_path"))
+        reason = parts_refusal(
+            [Part(f"norm{half}", norm, NORM), Part(f"ls{half}", scale, SCALE), Part(f"drop_path{half}", path, PATH)]
+        )
+        if reason is None and norm.normalized_shape != (x.shape[-1],):
+            return f"norm{half} is over {norm.normalized_shape}, and x is {x.shape[-1]} wide"
+        return reason
+
+    def _sublayer_tensors(self, half: str, first: Any, last: Any) -> tuple[Tensor | None, ...]:
+        norm, scale = getattr(self, "norm" + half), getattr(self, "ls" + half)
+        return (
+            norm.weight,
+            norm.bias,
+            first.weight,
+            first.bias,
+            last.weight,
+            last.bias,
+            None if isinstance(scale, nn.Identity) else scale.gamma,
+        )
+
+    def _attention_tensors(self) -> tuple[Tensor | None, ...]:
+        attn: Any = self.attn
+        return self._sublayer_tensors("1", attn.qkv, attn.proj)
+
+    def _mlp_tensors(self) -> tuple[Tensor | None, ...]:
+        mlp: Any = self.mlp
+        return self._sublayer_tensors("2", mlp.fc1, mlp.fc2)
+
+    def _attend(self, x: Tensor, rule: str = "") -> tuple[Tensor, Tensor]:
+        channels = getattr(self, "attn_reads", None), getattr(self, "attn_writes", None)
+        block: Any = self
+        heads, eps = heads_of(block.attn), block.norm1.eps
+        out: tuple[Tensor, Tensor] = torch.ops.prunevit.attention_sublayer(
+            x, *self._attention_tensors(), *channels, *heads, eps, rule, *self._how
+        )
+        return out
+
+    def _feed(self, x: Tensor) -> Tensor:
+        channels = getattr(self, "mlp_reads", None), getattr(self, "mlp_writes", None)
+        block: Any = self
+        act, eps = act_of(block.mlp.act), block.norm2.eps
+        out: Tensor = torch.ops.prunevit.mlp_sublayer(x, *self._mlp_tensors(), *channels, act, eps, *self._how)
+        return out
+
+
+class TimmBlockOnKernels(BlockOnKernels):
+    """timm's transformer block x [B, N, E] -> [B, N, E] on kernels."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        reason = self.refusal(x, attn_mask, is_causal)
+        if reason is None:
+            return self._feed(self._attend(x)[0])
+        self._tell(reason)
+        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc, no-any-return]
+
+
+class EagerBlockOnKernels(BlockOnKernels):
+    """prunevit's ragged block x [B, N, E] -> [B, N', E] on kernels; token selection runs between them."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, scores: Tensor | None = None
+    ) -> Any:
+        reason = self.refusal(x, attn_mask, is_causal)
+        if reason is None:
+            return self._run(x, scores)
+        self._tell(reason)
+        return super().forward(x, attn_mask, is_causal, scores)  # type: ignore[misc]
+
+    def _run(self, x: Tensor, scores: Tensor | None) -> Any:
+        block: Any = self
+        if block.select is not None and block.select.before == "attn":
+            x, scores = block._select(x, scores)
+        if self._attends:
+            x, latest = self._attend(x, block.rule or "")
+            if block.rule is not None:
+                scores = scores + latest if block.cascade and scores is not None else latest
+        elif block.attn is not None:
+            y = block.ls1(block.attn(_read(block.norm1(x), block.attn_reads)))
+            x = _write(x, block.drop_path1(y), block.attn_writes)
+        if block.select is not None and block.select.before == "mlp":
+            x, scores = block._select(x, scores)
+        if self._has_mlp:
+            x = self._feed(x)
+        elif block.mlp is not None:
+            y = block.ls2(block.mlp(_read(block.norm2(x), block.mlp_reads)))
+            x = _write(x, block.drop_path2(y), block.mlp_writes)
+        return (x, scores) if block.selects else x
+
+
+class RaggedBlock(EagerBlockOnKernels, EagerBlock):
+    """x + γ attn(norm(x)), then x + γ mlp(norm(x)): x [B, N, E] -> [B, N, E], heads and MLP of any widths.
+
+    ``qk_dims`` and ``v_dims`` have one entry from 1 to 128 a head, ``mlp_dim`` is the MLP's hidden width.
+    ``attn_scale`` multiplies the scores before the softmax (``qk_dims[0] ** -0.5`` if it is not given; a pruned block
+    keeps its dense one). ``init_values``: layer-scale γ to start from; None for no layer-scale. Parameter names are
+    timm's. Masks, dropout in training and anything with a gradient run on the reference path.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        qk_dims: Sequence[int],
+        v_dims: Sequence[int],
+        mlp_dim: int,
+        *,
+        attn_scale: float | None = None,
+        act: Act = "gelu",
+        norm_eps: float = 1e-6,
+        init_values: float | None = None,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        mlp_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        scale = qk_dims[0] ** -0.5 if attn_scale is None and len(qk_dims) else attn_scale or 1.0
+        spec = one_block_spec(
+            embed_dim,
+            BlockSpec(qk_dims=tuple(qk_dims), v_dims=tuple(v_dims), attn_scale=scale, mlp_dim=mlp_dim),
+            act=act,
+            norm_eps=norm_eps,
+            layer_scale=init_values is not None,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            mlp_bias=mlp_bias,
+        )
+        gamma = 1e-5 if init_values is None else init_values
+        super().__init__(spec, 0, init_values=gamma, proj_drop=proj_drop, attn_drop=attn_drop, drop_path=drop_path)
+        init_linears(self)

@@ -1,0 +1,168 @@
+"""What kernel-backed modules share: when a call runs on kernels, and what is said when it does not."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from prunevit_kernels import BackendName
+from prunevit_kernels.library import cpu_extension_built
+
+from ..errors import InputError, expect
+
+Backend = BackendName | Literal["auto"]
+Check = Literal["contents", "versions"]
+
+CPU_KERNELS = cpu_extension_built()
+BUILD_COMMAND = "python setup.py build_ext --inplace"
+GRADIENTS = "gradients are on, and kernels have none (torch.no_grad or torch.inference_mode turns them off)"
+HALF = (torch.float16, torch.bfloat16)
+
+_tokens = itertools.count()
+_told: set[tuple[int, str]] = set()
+
+
+@dataclass
+class Options:
+    """How modules run. The modules of one ``accelerate`` call share one object, and tell each reason once."""
+
+    backend: Backend = "auto"
+    check: Check = "contents"
+    token: int = field(default_factory=lambda: next(_tokens))
+
+    def __post_init__(self) -> None:
+        backends = ("auto", "cpu", "cuda", "torch")
+        expect(self.backend in backends, InputError, f"a backend among {', '.join(backends)}", got=self.backend)
+        expect(self.check in ("contents", "versions"), InputError, "check contents or versions", got=self.check)
+        built = CPU_KERNELS or self.backend != "cpu"
+        expect(built, InputError, f"the C++ kernels (build them: {BUILD_COMMAND})", got="none built")
+
+
+class Part(NamedTuple):
+    """A submodule that a kernel replaces: only if it is of these exact types, and nobody listens to it."""
+
+    name: str
+    module: nn.Module
+    types: tuple[type[nn.Module], ...]
+
+
+LINEAR, IDENTITY = (nn.Linear,), (nn.Identity,)
+DROPOUT = (nn.Dropout, nn.Identity)
+PATH = (DropPath, nn.Identity)
+
+
+class KernelModule(nn.Module):
+    """A module that runs on kernels where it can, and as the eager module that it extends everywhere else.
+
+    A subclass mixes this in before the eager class, whose state and forward it shares.
+    """
+
+    kernel_options = Options()
+
+    def refusal(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
+        """Why a call with these arguments would run on the reference path now; None if it would run on kernels."""
+        raise NotImplementedError
+
+    @property
+    def _how(self) -> tuple[str, bool]:
+        """The last two arguments of every op."""
+        return self.kernel_options.backend, self.kernel_options.check == "versions"
+
+    def _tell(self, reason: str) -> None:
+        """Warn of a reference path, once. A training loop needs no telling that it needs gradients."""
+        if not (self.training and reason == GRADIENTS):
+            _warn_once(self.kernel_options.token, type(self).__name__, reason)
+
+    def _call_refusal(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> str | None:
+        """What a call's own arguments ask for that no kernel does."""
+        if attn_mask is not None:
+            return "attn_mask is given"
+        if is_causal:
+            return "is_causal is set"
+        if x.numel() == 0:
+            return "the batch is empty"
+        if is_traceable_wrapper_subclass(x):
+            return f"x is a {type(x).__name__}"
+        if torch.is_autocast_enabled(x.device.type):
+            return "autocast is on"
+        if not torch.compiler.is_compiling():
+            if torch._C._functorch.peek_interpreter_stack() is not None or _forward_mode():
+                return "a torch.func transform or forward-mode gradient is active"
+            if len(hooks._global_forward_hooks) or len(hooks._global_forward_pre_hooks):
+                return "a hook for all modules is registered"
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                return "a CUDA graph is being captured, whose replays would not see changed weights"
+        return self._device_refusal(x)
+
+    def _device_refusal(self, x: Tensor) -> str | None:
+        backend, device, dtype = self.kernel_options.backend, x.device.type, x.dtype
+        if backend == "torch":
+            return None
+        if device == "cpu" and dtype == torch.float32 and backend != "cuda":
+            return None if CPU_KERNELS else f"the C++ kernels are not built (build them: {BUILD_COMMAND})"
+        if device == "cuda" and dtype in HALF and backend != "cpu":
+            return None
+        served = {"auto": "fp32 on a CPU, fp16 and bf16 on a GPU", "cpu": "fp32 on a CPU"}
+        return f"x is {dtype} on {device}: the kernels take {served.get(backend, 'fp16 and bf16 on a GPU')}"
+
+
+def parts_refusal(parts: Iterable[Part]) -> str | None:
+    """Why kernels cannot stand for these submodules."""
+    for name, module, types in parts:
+        if type(module) not in types:
+            return f"{name} is a {type(module).__name__}"
+        if len(module._forward_hooks) or len(module._forward_pre_hooks):
+            return f"{name} has a forward hook"
+        if "forward" in module.__dict__:
+            return f"{name}.forward is replaced"
+        if module.training:
+            rate: Any = 0.0
+            if type(module) is nn.Dropout:
+                rate = module.p
+            elif type(module) is DropPath:
+                rate = module.drop_prob
+            if rate:
+                return f"{name} drops at a rate of {rate} in training"
+    return None
+
+
+def tensors_refusal(x: Tensor, tensors: Iterable[Tensor | None]) -> str | None:
+    """Why kernels cannot run on these weights."""
+    needs_grad = x.requires_grad
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            return f"a weight is {tensor.dtype} on {tensor.device}, and x is {x.dtype} on {x.device}"
+        if is_traceable_wrapper_subclass(tensor):
+            return f"a weight is a {type(tensor).__name__}"
+        needs_grad = needs_grad or tensor.requires_grad
+    return GRADIENTS if needs_grad and torch.is_grad_enabled() else None
+
+
+def _forward_mode() -> bool:
+    from torch.autograd import forward_ad
+
+    return forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn_once(token: int, module: str, reason: str) -> None:
+    """Runs once while a graph is traced, where a warning could not be said otherwise."""
+    if (token, reason) not in _told:
+        _told.add((token, reason))
+        warnings.warn(f"{module} runs on the reference path: {reason}", RuntimeWarning, stacklevel=4)
+
+
+def with_kernels(kind: type[nn.Module], mixin: type[KernelModule], name: str) -> type[Any]:
+    """The class of ``kind``'s modules once they run on kernels: same state, same calls, one more base."""
+    return type(name, (mixin, kind), {"__module__": kind.__module__, "runs_without": kind, "__doc__": mixin.__doc__})
