@@ -55,7 +55,7 @@ def test_tokens_are_chosen_by_the_score_of_the_paper() -> None:
     x, informative, alive = model._embed(images), torch.zeros(49).double(), list(range(49))
     for keep, module in zip([48, 36, 24, 12], model.blocks):
         if keep < len(alive) - 1:
-            patches = sorted(sorted(range(1, len(alive)), key=lambda t: -float(informative[t]))[:keep])
+            patches = sorted(sorted(range(1, len(alive)), key=lambda t: -float(informative.detach()[t]))[:keep])
             informative, x, alive = informative[[0, *patches]], x[:, [0, *patches]], [0, *patches]
         q, k, _ = module.attn.qkv(module.norm1(x))[0].split(32, dim=-1)
         for h in range(4):
