@@ -18,16 +18,16 @@ from ._output import Output, percent
 
 PATCH, WIDTH, DEPTH, HEADS = 2, 64, 4, 4
 BATCH, KEPT = 64, "50%"
-TRAINING = {"lr": 3e-3, "warmup_epochs": 5, "clip_grad": 1.0, "smoothing": 0.1}
-RECOVERY = {"lr": 2e-3, "warmup_epochs": 1, "clip_grad": 1.0}
+TRAINING: dict[str, Any] = {"lr": 3e-3, "warmup_epochs": 5, "clip_grad": 1.0, "smoothing": 0.1}
+RECOVERY: dict[str, Any] = {"lr": 2e-3, "warmup_epochs": 1, "clip_grad": 1.0}
 
 
 @dataclass(frozen=True)
 class Steps:
     """How long each part trains. The numbers of steps are fixed, whatever the machine."""
 
-    epochs: int = 100
-    recovery_epochs: int = 40
+    epochs: int = 60
+    recovery_epochs: int = 30
 
 
 def digits_vit() -> nn.Module:

@@ -34,6 +34,7 @@ def run_latency(output: Output, rounds: int, seed: int) -> dict[str, Any]:
                 "pruned_runtime_ms": lambda: runtime(image),
             },
             rounds=rounds,
+            warmup=min(3, rounds),
             tick=bar.advance,
         )
     return {"macs_ratio": spec.macs() / dense_spec.macs(), **times}

@@ -21,8 +21,8 @@ Rounds = Annotated[int, typer.Option(min=1, help="How often each model is timed.
 def command(
     out: Out = Path("demo-out"),
     seed: Seed = 0,
-    epochs: Epochs = 100,
-    recovery_epochs: RecoveryEpochs = 40,
+    epochs: Epochs = 60,
+    recovery_epochs: RecoveryEpochs = 30,
     rounds: Rounds = 30,
     as_json: Json = False,
 ) -> None:
