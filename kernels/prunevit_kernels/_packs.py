@@ -5,8 +5,9 @@ choice, ``trust_versions``:
 
 ``False``: every byte is compared with a copy taken when packing. Whatever wrote to the tensors, and however, is seen.
 ``True``: the same tensor object, the same memory (held by the cache: its address cannot come back as another's), the
-same layout and the same version counter. PyTorch counts every write through a tensor's own operations, but not those
-through ``tensor.data``, NumPy or DLPack views, or another process.
+same layout and the same version counter, and no step of any optimiser since (fused ones do not count their writes).
+PyTorch counts every write through a tensor's own operations, but not those through ``tensor.data``, NumPy or DLPack
+views, or another process.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .op import Op
 from .target import PackedOp, Target
@@ -51,12 +53,33 @@ def same_bytes(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
     return not elsewhere or not bool(torch.stack(elsewhere).any())
 
 
+class _OptimiserSteps:
+    """How many steps the optimisers of this process have made, once somebody wants to know."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._watching = False
+
+    def watch(self) -> None:
+        if not self._watching:
+            self._watching = True
+            register_optimizer_step_post_hook(self._stepped)
+
+    def _stepped(self, *_: object) -> None:
+        self.count += 1
+
+
+optimiser_steps = _OptimiserSteps()
+
+
 class Pack:
     """Ops packed from the tensors ``weights``, and how to tell whether those have changed since."""
 
     def __init__(self, weights: Weights, target: Target, make: Callable[..., Sequence[Op]], trust: bool) -> None:
         self.target = target
         tensors = [w for w in weights if w is not None]
+        if trust:
+            optimiser_steps.watch()
         # read before the weights are: a write that comes in between makes this pack old, not wrong
         self.stamps = [_stamp(t) for t in tensors] if trust and not any(t.is_inference() for t in tensors) else None
         self.held = [t.untyped_storage() for t in tensors] if self.stamps is not None else []
@@ -75,7 +98,8 @@ class Pack:
 
 
 def _stamp(tensor: Tensor) -> tuple[object, ...]:
-    return (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    layout = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return (optimiser_steps.count, tensor._version, *layout)
 
 
 class PackCache:

@@ -52,7 +52,7 @@ def attention_refusal(attn: Any, name: str) -> str | None:
     if getattr(attn, "gate", None) is not None:
         return f"{name}gate is a {type(attn.gate).__name__}"
     if isinstance(attn, EagerAttention) and attn.training and attn.attn_drop:
-        return f"{name}attn_drop drops at a rate of {attn.attn_drop} in training"
+        return f"{name}attn_drop drops at a rate of {attn.attn_drop:.3g} in training"
     reason = parts_refusal(attention_parts(attn, name))
     if reason is not None:
         return reason

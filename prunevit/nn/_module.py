@@ -78,8 +78,8 @@ class KernelModule(nn.Module):
         return self.kernel_options.backend, self.kernel_options.check == "versions"
 
     def _tell(self, reason: str) -> None:
-        """Warn of a reference path, once. A training loop needs no telling that it needs gradients."""
-        if not (self.training and reason == GRADIENTS):
+        """Warn of a reference path, once. A training loop needs no telling that it is one."""
+        if not (self.training and torch.is_grad_enabled()):
             _warn_once(self.kernel_options.token, type(self).__name__, reason)
 
     def _call_refusal(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> str | None:
@@ -131,7 +131,7 @@ def parts_refusal(parts: Iterable[Part]) -> str | None:
             elif type(module) is DropPath:
                 rate = module.drop_prob
             if rate:
-                return f"{name} drops at a rate of {rate} in training"
+                return f"{name} drops at a rate of {rate:.3g} in training"
     return None
 
 

@@ -1,0 +1,81 @@
+"""Graphs of accelerated models: whole, with the live weights as inputs and no pack inside."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from prunevit.nn import accelerate, restore
+from tests.nn.models import check_model, images, tiny
+from tests.specs import SPECS, random_images, random_model
+
+pytestmark = pytest.mark.filterwarnings("error:.*reference path")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def ops_in(graph: Any) -> list[str]:
+    return [node.target.__name__ for node in graph.nodes if "prunevit" in str(node.target)]
+
+
+def test_one_graph_that_follows_the_weights() -> None:
+    """The one test that compiles with inductor."""
+    eager = tiny(depth=1)
+    model, x = accelerate(copy.deepcopy(eager)), images(eager)
+    compiled = torch.compile(model, fullgraph=True)
+    check_model(compiled, eager, x)
+    for each in (model, eager):
+        each.blocks[0].attn.qkv.weight.data.mul_(1.5)
+        with torch.no_grad():
+            each.blocks[0].mlp.fc2.bias.add_(1)
+    check_model(compiled, eager, x)
+
+
+@pytest.mark.parametrize("name", ["every_head_its_own_width", "partial_reads_and_writes", "evit", "no_heads"])
+def test_pruned_models_in_one_graph(name: str) -> None:
+    eager = random_model(SPECS[name])
+    model = torch.compile(accelerate(copy.deepcopy(eager)), fullgraph=True, backend="aot_eager")
+    check_model(model, eager, random_images(SPECS[name]))
+
+
+def test_a_compiled_model_follows_mode_and_gradients() -> None:
+    eager = tiny(depth=1, proj_drop_rate=0.5)
+    compiled = torch.compile(accelerate(copy.deepcopy(eager)), fullgraph=True, backend="aot_eager")
+    x = images(eager)
+    check_model(compiled, eager, x)
+    compiled.train()
+    compiled(x).square().sum().backward()
+    assert all(p.grad is not None for p in compiled.parameters())
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="drops at a rate of 0.5 in training"):
+        compiled(x)
+    check_model(compiled.eval(), eager, x)
+
+
+def test_an_exported_program_follows_the_weights() -> None:
+    eager = tiny(depth=1)
+    model, x = accelerate(copy.deepcopy(eager)), images(eager)
+    batch = torch.export.Dim("batch", min=1, max=8)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    assert ops_in(program.graph) == ["attention_sublayer.default", "mlp_sublayer.default"]
+    module = program.module()
+    check_model(module, eager, x)
+    check_model(module, eager, images(eager, 5))
+    for each in (module, eager):
+        each.get_parameter("blocks.0.attn.proj.weight").data.mul_(1.5)
+        each.get_parameter("blocks.0.norm2.weight").data.mul_(1.5)
+    check_model(module, eager, x)
+
+
+def test_an_export_with_gradients_is_the_reference() -> None:
+    model = accelerate(tiny(depth=1))
+    with pytest.warns(RuntimeWarning, match="gradients are on"):
+        program = torch.export.export(model, (images(model),))
+    assert ops_in(program.graph) == []
+    check_model(program.module(), restore(model), images(model))

@@ -1,0 +1,221 @@
+"""A pack is never stale: whatever writes to the weights, the next call computes with what they now hold."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from prunevit.nn import accelerate, restore
+from prunevit_kernels.library import packs
+from tests.nn.models import check_model, images, randomise, tiny
+
+pytestmark = pytest.mark.filterwarnings("error:.*reference path")
+
+
+def weights(model: Any) -> list[nn.Parameter]:
+    attn, mlp = model.blocks[0].attn, model.blocks[1].mlp
+    return [attn.qkv.weight, attn.proj.bias, mlp.fc1.weight, mlp.fc2.bias, model.blocks[0].norm1.weight]
+
+
+def step(model: Any, optimiser: torch.optim.Optimizer) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+def assign(model: Any) -> None:
+    state = {name: tensor * 1.5 for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def ema(model: Any) -> None:
+    """The model is timm's average of another."""
+    other = tiny()
+    randomise(other, seed=8)
+    average = ModelEmaV3(other, decay=0.5)
+    average.module = model
+    average.update(other)
+
+
+def swap_parameters(model: Any) -> None:
+    """Two parameters trade their memory: every address is one that was seen before."""
+    first, second = model.blocks[0].attn.qkv.weight, model.blocks[1].attn.qkv.weight
+    first.data, second.data = second.data, first.data
+
+
+def reuse_the_address(model: Any) -> None:
+    """New memory where the old was: allocators give back what was just freed."""
+    for _ in range(4):
+        new = model.blocks[0].mlp.fc1.weight.detach() * 1.5
+        model.blocks[0].mlp.fc1.weight.data = new
+        del new
+
+
+def there_and_back(model: Any) -> None:
+    model.double()
+    model.blocks[0].attn.qkv.weight.data.mul_(2)
+    model.float()
+
+
+COUNTED: dict[str, Callable[[Any], Any]] = {
+    "sgd": lambda m: step(m, torch.optim.SGD(m.parameters(), lr=0.1, foreach=False)),
+    "sgd_foreach": lambda m: step(m, torch.optim.SGD(m.parameters(), lr=0.1, foreach=True)),
+    "sgd_fused": lambda m: step(m, torch.optim.SGD(m.parameters(), lr=0.1, fused=True)),
+    "adamw": lambda m: step(m, torch.optim.AdamW(m.parameters(), lr=0.1, foreach=False)),
+    "adamw_foreach": lambda m: step(m, torch.optim.AdamW(m.parameters(), lr=0.1, foreach=True)),
+    "adamw_fused": lambda m: step(m, torch.optim.AdamW(m.parameters(), lr=0.1, fused=True)),
+    "load_state_dict": lambda m: m.load_state_dict({k: v * 1.5 for k, v in m.state_dict().items()}),
+    "load_state_dict_assign": assign,
+    "state_dict_copy": lambda m: [v.mul_(1.5) for v in m.state_dict().values()],
+    "ema": ema,
+    "reset_parameters": lambda m: m.blocks[0].attn.qkv.reset_parameters(),
+    "no_grad_write": lambda m: [torch.no_grad()(p.mul_)(1.5) for p in weights(m)],
+    "detach_write": lambda m: [p.detach().mul_(1.5) for p in weights(m)],
+    "inference_mode_write": lambda m: [torch.inference_mode()(p.mul_)(1.5) for p in weights(m)],
+    "index_write": lambda m: torch.no_grad()(m.blocks[1].mlp.fc2.weight[3:5].fill_)(2.0),
+    "data_assigned": lambda m: [setattr(p, "data", p.data * 1.5) for p in weights(m)],
+    "address_reused": reuse_the_address,
+    "memory_swapped": swap_parameters,
+    "to_and_back": there_and_back,
+    "parameter_replaced": lambda m: setattr(m.blocks[0].attn.qkv, "weight", nn.Parameter(torch.ones(72, 24))),
+    "module_replaced": lambda m: setattr(m.blocks[0].mlp, "fc2", nn.Linear(96, 24)),
+    "bias_removed": lambda m: setattr(m.blocks[0].mlp.fc2, "bias", None),
+    "eps_changed": lambda m: setattr(m.blocks[0].norm1, "eps", 0.5),
+    "activation_changed": lambda m: setattr(m.blocks[0].mlp, "act", nn.ReLU()),
+    "heads_changed": lambda m: (setattr(m.blocks[0].attn, "num_heads", 4), setattr(m.blocks[0].attn, "head_dim", 6)),
+}
+
+UNCOUNTED: dict[str, Callable[[Any], Any]] = {
+    "data_write": lambda m: [p.data.mul_(1.5) for p in weights(m)],
+    "data_write_of_one_number": lambda m: m.blocks[1].mlp.fc2.weight.data[23, 95].add_(4.0),
+    "dino_teacher": lambda m: [p.data.mul_(0.9).add_(0.1 * torch.ones_like(p).data) for p in m.parameters()],
+    "numpy_write": lambda m: m.blocks[0].attn.qkv.weight.detach().numpy().__imul__(1.5),
+    "dlpack_write": lambda m: torch.from_dlpack(m.blocks[0].attn.proj.weight.detach()).mul_(1.5),
+    "rows_permuted": lambda m: m.blocks[0].mlp.fc1.weight.data.copy_(m.blocks[0].mlp.fc1.weight.data.flip(0)),
+    "vector_to_parameters": lambda m: nn.utils.vector_to_parameters(
+        nn.utils.parameters_to_vector(m.parameters()).detach() * 1.2, m.parameters()
+    ),
+}
+
+CASES = [(name, check) for name in COUNTED for check in ("contents", "versions")]
+CASES += [(name, "contents") for name in UNCOUNTED]
+
+
+@pytest.mark.parametrize(("name", "check"), CASES)
+def test_a_write_is_seen(name: str, check: Any) -> None:
+    eager = tiny()
+    model, x = accelerate(copy.deepcopy(eager), check=check), images(eager)
+    check_model(model, eager, x)
+    with torch.no_grad():
+        before = model(x)
+    ({**COUNTED, **UNCOUNTED})[name](model)
+    after = restore(copy.deepcopy(model))
+    with torch.no_grad():
+        moved = (after(x) - before).abs().max()
+    assert moved > 1e-3 * before.abs().max(), "this write changes nothing that a test could see"
+    check_model(model, after, x)
+    check_model(model, after, x)
+
+
+def test_a_write_between_threads_calls_is_seen() -> None:
+    """Each thread has buffers of its own, and all see the same weights."""
+    eager = tiny()
+    model, x = accelerate(copy.deepcopy(eager)), images(eager, 3)
+    for scale in (1.0, 1.3, 0.7):
+        with torch.no_grad():
+            model.blocks[0].mlp.fc2.weight.data.mul_(scale)
+            eager.blocks[0].mlp.fc2.weight.data.mul_(scale)
+            want = eager(x)
+        made, results, failures = packs.made, [], []
+
+        def call(results: list[Any] = results, failures: list[BaseException] = failures) -> None:
+            try:
+                with torch.no_grad():
+                    results += [(batch, model(x[:batch])) for batch in (3, 1, 2) * 5]
+            except Exception as error:
+                failures.append(error)
+                raise
+
+        threads = [threading.Thread(target=call) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert len(results) == 60
+        for batch, got in results:
+            torch.testing.assert_close(got, want[:batch], rtol=1e-4, atol=1e-4)
+        assert packs.made - made in (1, 4), "threads share packs: four at first, then the one that changed"
+
+
+def test_a_result_belongs_to_its_caller() -> None:
+    block, x = accelerate(tiny()).blocks[0], torch.ones(1, 7, 24)
+    with torch.no_grad():
+        first = block(x)
+        kept = first.clone()
+        block(x + 1)
+    assert torch.equal(first, kept)
+    assert torch.equal(x, torch.ones(1, 7, 24))
+
+
+@pytest.mark.parametrize("check", ["contents", "versions"])
+def test_unchanged_weights_are_packed_once(check: Any) -> None:
+    model = accelerate(tiny(), check=check)
+    made = packs.made
+    with torch.no_grad():
+        for batch in (1, 2, 5, 1):
+            model(images(model, batch))
+    assert packs.made - made == 4
+
+
+@pytest.mark.parametrize("check", ["contents", "versions"])
+def test_packs_die_with_their_parameters(check: Any) -> None:
+    gc.collect()
+    alive = len(packs)
+    model = accelerate(tiny(), check=check)
+    with torch.no_grad():
+        model(images(model))
+    assert len(packs) == alive + 4
+    watched = weakref.ref(model.blocks[0].attn.qkv.weight)
+    model.blocks[1].mlp.fc1.weight = nn.Parameter(model.blocks[1].mlp.fc1.weight.detach().clone())
+    gc.collect()
+    assert len(packs) == alive + 3, "one parameter went, and one pack with it"
+    del model
+    gc.collect()
+    assert watched() is None
+    assert len(packs) == alive
+
+
+def test_old_memory_is_given_back() -> None:
+    """After .to(), the next call drops what the old parameters' memory was packed for."""
+    model = accelerate(tiny())
+    x = images(model)
+    with torch.no_grad():
+        model(x)
+        alive = len(packs)
+        model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}, assign=False)
+        model(x)
+        gc.collect()
+    assert len(packs) == alive
+
+
+def test_weights_made_in_inference_mode() -> None:
+    """They count no versions: their contents are compared, whatever check says."""
+    with torch.inference_mode():
+        model = accelerate(tiny(), check="versions")
+        x = images(model)
+        model(x)
+        model.blocks[0].mlp.fc1.weight.mul_(1.5)
+        got = model(x)
+        want = restore(model)(x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
