@@ -58,20 +58,36 @@ def run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
-def compile_objects(folder: Path = OBJECTS) -> list[Path]:
-    """Compile what has changed, as many sources at a time as there are cores."""
-    nvcc, archs = find_nvcc(), architectures()
+def compile_once(command: list[str], source: Path, built: Path, headers: list[Path]) -> Path:
+    """``built``, compiled by ``command`` unless it is from that command and newer than all that it is made of."""
+    by = built.with_suffix(".txt")  # the command that made it
+    whole = [*command, "-c", str(source)]
+    same = built.exists() and by.exists() and by.read_text() == " ".join(whole)
+    if same and built.stat().st_mtime > max(path.stat().st_mtime for path in (source, *headers)):
+        return built
+    built.parent.mkdir(parents=True, exist_ok=True)
+    making = built.with_suffix(f".{os.getpid()}.o")  # another build may be reading the old one
+    run([*whole, "-o", str(making)])
+    making.replace(built)
+    by.write_text(" ".join(whole))
+    return built
+
+
+def nvcc_command() -> list[str]:
+    nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc is not on PATH, in CUDA_HOME or in /usr/local/cuda")
-    folder.mkdir(parents=True, exist_ok=True)
-    changed = max(path.stat().st_mtime for path in (Path(__file__), *SOURCES.glob("*.h"), *SOURCES.glob("*.cuh")))
+    return [nvcc, *FLAGS]
+
+
+def compile_objects(folder: Path = OBJECTS) -> list[Path]:
+    """Compile what has changed, as many sources at a time as there are cores."""
+    command, archs = nvcc_command(), architectures()
+    headers = [*SOURCES.glob("*.h"), *SOURCES.glob("*.cuh")]
 
     def compile_one(source: Path) -> Path:
         own = [arch for arch in archs if ONLY_FOR.get(source.name, arch) == arch]
-        built = folder / f"{source.stem}.{'_'.join(own)}.o"
-        if not built.exists() or built.stat().st_mtime < max(changed, source.stat().st_mtime):
-            run([nvcc, *FLAGS, *gencodes(own), "-c", str(source), "-o", str(built)])
-        return built
+        return compile_once([*command, *gencodes(own)], source, folder / f"{source.stem}.{'_'.join(own)}.o", headers)
 
     sources = [path for path in sorted(SOURCES.glob("*.cu")) if ONLY_FOR.get(path.name, archs[0]) in archs]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
@@ -80,11 +96,9 @@ def compile_objects(folder: Path = OBJECTS) -> list[Path]:
 
 def build(target: Path, includes: list[str]) -> None:
     """The extension, at ``target``. ``includes`` are Python's and pybind11's headers."""
-    nvcc = find_nvcc()
     objects = compile_objects()
-    bindings = OBJECTS / "bindings.o"
     wgmma = ["-DPRUNEVIT_WGMMA"] if "90a" in architectures() else []
-    headers = [f"-I{path}" for path in includes]
-    run([str(nvcc), *FLAGS, *wgmma, *headers, "-c", str(BINDINGS), "-o", str(bindings)])
+    command = [*nvcc_command(), *wgmma, *(f"-I{path}" for path in includes)]
+    bindings = compile_once(command, BINDINGS, OBJECTS / "bindings.o", list(SOURCES.glob("*.h")))
     target.parent.mkdir(parents=True, exist_ok=True)
-    run([str(nvcc), "-shared", "-cudart", "static", "-o", str(target), str(bindings), *map(str, objects)])
+    run([*nvcc_command(), "-shared", "-cudart", "static", "-o", str(target), str(bindings), *map(str, objects)])

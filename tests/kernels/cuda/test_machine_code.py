@@ -1,0 +1,112 @@
+"""What nvcc made of the kernels, for GPUs that are not there: registers, spills, shared memory, instructions.
+
+The objects are the ones that the extension is linked from, compiled anew where a source is newer than they are.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import triton
+
+import setup_cuda
+
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "UBLKCP", "LDSM", "LDL", "STL", "USETMAXREG")
+# two blocks an SM: 65536 registers over 2 · 256 threads
+TWO_BLOCKS = ("fused_mma<2, 3>", "expand<2>", "expand<3>", "contract<2>", "contract<4>")
+
+
+@dataclass
+class Code:
+    """One kernel on one GPU generation."""
+
+    registers: int = 0
+    stack: int = 0
+    instructions: Counter[str] | None = None
+
+
+def short_name(mangled: str) -> str:
+    """``fused_mma<2, 3> bf16`` of the mangled entry."""
+    name, arguments = re.search(r"mlp\d+([a-z_]+?)I(.*?)EvNS0_9Arguments", mangled).groups()  # type: ignore[union-attr]
+    dtype = "bf16" if "DtypeE1" in arguments else "fp16"
+    numbers = ", ".join(re.findall(r"Li(\d+)", arguments))
+    return f"{name}<{numbers}> {dtype}" if numbers else f"{name} {dtype}"
+
+
+def dump(option: str, path: Path) -> str:
+    return subprocess.run([TOOL, option, path], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def code() -> dict[tuple[str, str], Code]:
+    if setup_cuda.find_nvcc() is None:
+        pytest.skip("no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda: there is no machine code to look at")
+    found: dict[tuple[str, str], Code] = {}
+    for path in setup_cuda.compile_objects():
+        arch, name = "", ""
+        for line in dump("-res-usage", path).splitlines():
+            if "arch = " in line:
+                arch = line.split("= ")[1].strip()
+            elif "Function " in line:
+                name = short_name(line)
+            elif name and "REG:" in line:
+                numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+                found[arch, name] = Code(numbers["REG"], numbers["STACK"], Counter())
+                name = ""
+        for line in dump("-sass", path).splitlines():
+            if "arch = " in line:
+                arch = line.split("= ")[1].strip()
+            elif "Function : " in line:
+                name = short_name(line)
+            elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", line):
+                found[arch, name].instructions[match[1]] += 1  # type: ignore[index]
+    return found
+
+
+def kernels(code: dict[tuple[str, str], Code], prefix: str, arch: str | None = None) -> dict[tuple[str, str], Code]:
+    chosen = {key: value for key, value in code.items() if key[1].startswith(prefix) and arch in (None, key[0])}
+    assert chosen, f"no kernel {prefix} for {arch}"
+    return chosen
+
+
+def count(code: Code, *names: str) -> int:
+    assert code.instructions is not None
+    return sum(code.instructions[name] for name in names)
+
+
+def test_every_kernel_is_there_for_every_generation(code: dict[tuple[str, str], Code]) -> None:
+    shared = 2 * (5 + 1 + 2 + 2)  # fused_mma, reduce_splits, expand, contract, in both dtypes
+    assert len([key for key in code if key[0] == "sm_80"]) == shared
+    assert len([key for key in code if key[0] == "sm_90a"]) == shared + 2 * 5
+
+
+def test_nothing_spills(code: dict[tuple[str, str], Code]) -> None:
+    spilled = {key: made for key, made in code.items() if made.stack or count(made, "LDL", "STL")}
+    assert spilled == {}
+
+
+def test_registers_leave_room_for_the_blocks_that_the_plan_counts_on(code: dict[tuple[str, str], Code]) -> None:
+    for prefix in TWO_BLOCKS:
+        for key, made in kernels(code, prefix).items():
+            assert made.registers <= 128, key
+    assert all(made.registers <= 168 for made in kernels(code, "fused_wgmma").values())
+
+
+@pytest.mark.parametrize("prefix", ["fused_mma", "expand", "contract"])
+def test_tensor_cores_async_copies_and_matrix_loads(code: dict[tuple[str, str], Code], prefix: str) -> None:
+    for key, made in kernels(code, prefix).items():
+        for name in ("HMMA", "LDGSTS", "LDSM"):
+            assert count(made, name) > 0, (key, name)
+
+
+def test_wgmma_kernels_run_on_hoppers_own_instructions(code: dict[tuple[str, str], Code]) -> None:
+    for key, made in kernels(code, "fused_wgmma", "sm_90a").items():
+        for name in ("HGMMA", "UBLKCP", "USETMAXREG"):
+            assert count(made, name) > 0, (key, name)
+        assert count(made, "HMMA", "LDGSTS") == 0, key
