@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TypeAlias
 
 from ..errors import BudgetError, PruningError, expect
@@ -71,6 +72,8 @@ class Budget:
             others = [name for name in constraints if name not in COSTS]
             expect(len(others) == 1, PruningError, "one constraint for the one cost, or costs by name", got=others)
             costs[others[0]] = cost
+        # whoever measures takes seconds: no spec twice
+        costs |= {name: cache(measure) for name, measure in costs.items() if name not in COSTS}
         for name in constraints:
             what = f"constraints out of {', '.join(sorted(costs))} (others need a cost=callable)"
             expect(name in costs, PruningError, what, got=repr(name))

@@ -86,7 +86,7 @@ def prune(
     earlier = [dense.provenance["method"]] if "method" in dense.provenance else []
     small.provenance |= {
         "method": "+".join(earlier + [m if isinstance(m, str) else type(m).__name__.lower() for m in methods]),
-        "constraints": {limit.name: limit.most for limit in budget.limits},
+        "constraints": dict(each[-1] or {}),
         "seed": seed,
     }
     return small

@@ -124,4 +124,5 @@ def _of_channels(model: PrunedViT) -> Tensor:
             assert channels is not None
             total[channels] += redundancy(rows, rows).clamp_min(0)
             writers[channels] += 1
-    return total / writers.clamp_min(1)
+    mean: Tensor = total / writers.clamp_min(1)
+    return mean

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from prunevit import shapes
 from prunevit.errors import BudgetError, PruningError
-from prunevit.pruning import KINDS, METHODS, Budget, Plan, Ranking, groups_of, prune
+from prunevit.pruning import KINDS, Budget, Plan, Ranking, groups_of, prune
 from prunevit.pruning.groups import Kind, Scores
 from prunevit.spec import ViTSpec
 from tests.specs import SPECS, block, random_images, random_model, vit
@@ -63,7 +63,7 @@ def test_any_budget_is_met_or_refused(
     assert getattr(left, cost)() <= share / 100 * getattr(spec, cost)()
 
 
-@pytest.mark.parametrize("share", [85, 60, 45])
+@pytest.mark.parametrize("share", [80, 45])
 @pytest.mark.parametrize("cost", ["macs", "params"])
 @pytest.mark.parametrize("kinds", [("qk", "v", "mlp"), ("qk", "v", "mlp", "channel"), ("head", "mlp", "sublayer")])
 @pytest.mark.parametrize("global_pruning", [False, True])
@@ -144,7 +144,7 @@ def test_published_shapes_come_out_exactly(name: str) -> None:
     assert left.blocks == target.blocks
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["magnitude", "random", "taylor"])
 def test_the_same_seed_prunes_the_same(method: str) -> None:
     spec = SPECS["uniform"]
     data = [(random_images(spec, 4), torch.tensor([0, 1, 2, 3]))]

@@ -1,0 +1,125 @@
+"""Every method by its name, from prune() to the runtime."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prunevit.models import PrunedViT
+from prunevit.pruning import METHODS, Plan, groups_of, prune
+from prunevit.pruning.costs import memory
+from prunevit.pruning.scorers import SCORERS
+from prunevit.runtime import Runtime
+from prunevit.spec import ViTSpec
+from tests.specs import block, random_images, random_model, vit
+
+SPEC = vit(*[block((8,) * 3, (8,) * 3)] * 4, img_size=(24, 32))
+MODEL = random_model(SPEC)
+IMAGES = random_images(SPEC, 12)
+DATA = [(IMAGES, MODEL(IMAGES).argmax(-1))]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_masked_dense_is_compact_is_runtime(method: str) -> None:
+    options: dict[str, object] = {"validation": DATA, "tau": 0.5, "scorer": "taylor"} if method == "auto" else {}
+    small = prune(MODEL, method, {"macs": "70%"}, DATA, **options).eval()
+    assert 0.67 <= small.spec.macs() / SPEC.macs() <= 0.7
+    assert sum(p.numel() for p in small.parameters()) == small.spec.params()
+    plan = Plan.from_dict(small.plan)
+    with torch.no_grad():
+        want = small(IMAGES)
+        torch.testing.assert_close(plan.mask(MODEL)(IMAGES), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(plan.lift(small)(IMAGES), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Runtime(small, device="cpu")(IMAGES), want, rtol=1e-4, atol=1e-4)
+    again = prune(MODEL, method, {"macs": "70%"}, DATA, **options)
+    assert again.plan == small.plan
+
+
+ZEROED = {"qk": (1, 6), "v": (0, 5), "mlp": (2, 3, 11, 17, 20, 23)}  # a quarter of each group
+
+
+def model_with_dead_units() -> PrunedViT:
+    model = random_model(SPEC).double()
+    with torch.no_grad():
+        for module in model.blocks:
+            qkv, fc1 = module.attn.qkv, module.mlp.fc1
+            rows = [
+                24 * part + 8 * h + u
+                for part, kind in enumerate(("qk", "qk", "v"))
+                for h in range(3)
+                for u in ZEROED[kind]
+            ]
+            columns = [8 * h + u for h in range(3) for u in ZEROED["v"]]
+            qkv.weight[rows], qkv.bias[rows], module.attn.proj.weight[:, columns] = 0, 0, 0
+            neurons = list(ZEROED["mlp"])
+            fc1.weight[neurons], fc1.bias[neurons], module.mlp.fc2.weight[:, neurons] = 0, 0, 0
+    return model
+
+
+@pytest.mark.parametrize("method", ["magnitude", "taylor", "snp", "gohsp"])
+def test_dead_units_go_first_and_their_going_changes_nothing(method: str) -> None:
+    model, images = model_with_dead_units(), IMAGES.double()
+    small = prune(model, method, None, DATA, groups=("qk", "v", "mlp"), pruning_ratio=0.25)
+    for kept in Plan.from_dict(small.plan).blocks:
+        assert all(set(pairs).isdisjoint(ZEROED["qk"]) for pairs in kept.qk)
+        assert all(set(neurons).isdisjoint(ZEROED["v"]) for neurons in kept.v)
+        assert set(kept.mlp).isdisjoint(ZEROED["mlp"])
+    assert small.spec.blocks[0].qk_dims == (6, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), model(images), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "taylor"])
+def test_a_dead_head_goes_first_and_its_going_changes_nothing(method: str) -> None:
+    model = random_model(SPEC).double()
+    with torch.no_grad():
+        for i, module in enumerate(model.blocks):
+            dead = slice(8 * (i % 3), 8 * (i % 3) + 8)
+            module.attn.proj.weight[:, dead] = 0
+            module.attn.qkv.weight[[*range(dead.start, dead.stop)]] = 0
+            module.attn.qkv.weight[[*range(24 + dead.start, 24 + dead.stop)]] = 0
+            module.attn.qkv.weight[[*range(48 + dead.start, 48 + dead.stop)]] = 0
+    small = prune(model, method, None, DATA, groups=("head",), pruning_ratio=1 / 3)
+    assert [sorted({0, 1, 2} - set(kept.heads)) for kept in Plan.from_dict(small.plan).blocks] == [[0], [1], [2], [0]]
+    with torch.no_grad():
+        torch.testing.assert_close(small(IMAGES.double()), model(IMAGES.double()), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "taylor", "snp", "gohsp"])
+def test_permuting_neurons_permutes_scores(method: str) -> None:
+    model = random_model(SPEC).double()
+    groups = groups_of(SPEC, ("mlp",))
+    scorer = SCORERS[method]()
+    before = scorer.score(model, groups, DATA, 0)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for module in model.blocks:
+            fc1, fc2 = module.mlp.fc1, module.mlp.fc2
+            fc1.weight.copy_(fc1.weight[order])
+            fc1.bias.copy_(fc1.bias[order])
+            fc2.weight.copy_(fc2.weight[:, order])
+    after = scorer.score(model, groups, DATA, 0)
+    for group in groups:
+        torch.testing.assert_close(after[group], before[group][order], rtol=1e-6, atol=1e-9)
+
+
+def test_memory_is_a_budget() -> None:
+    cost = memory(batch=2)
+    tokens = 49 * 29 + 49 * (3 * 3 * 8 + 24)
+    assert cost(SPEC) == 4 * (SPEC.params() + 2 * max(tokens, 49 * (29 + 24)))
+    small = prune(MODEL, "magnitude", {"memory": "80%"}, cost=cost)
+    assert cost(small.spec) <= 0.8 * cost(SPEC)
+
+
+def test_latency_is_a_budget_for_whoever_measures_it() -> None:
+    asked: list[ViTSpec] = []
+
+    def measure(spec: ViTSpec) -> float:
+        asked.append(spec)
+        return 1.0 + spec.macs() / 1e6 + 0.01 * sum(block.num_heads for block in spec.blocks)
+
+    small = prune(
+        MODEL, "magnitude", {"latency": "80%", "params": "95%"}, cost={"latency": measure}, groups=("head", "mlp")
+    )
+    assert measure(small.spec) <= 0.8 * measure(SPEC)
+    assert len(asked) == len(set(asked)) + 2 < 40, "a measurement takes seconds"
