@@ -1,4 +1,4 @@
-"""These models are tiny: a second thread costs more than it gives, and on a busy machine several times so."""
+"""One thread for torch in every test: tiny models on two busy threads ran five times slower."""
 
 from __future__ import annotations
 
