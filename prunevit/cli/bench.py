@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,8 @@ from ._options import Checkpoint, words
 from ._output import Json, percent, reporting, table
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from ..benchmark import Comparison
 
 Batch = Annotated[str, typer.Option(help="Batch sizes, comma-separated.")]
@@ -48,7 +51,7 @@ def command(
                     output.say(f"left out: {reason}")
         rows: list[dict[str, Any]] = []
         for size in map(int, sizes):
-            with output.bar(f"batch {size}") as bar:
+            with output.console.status(f"batch {size}") as status:
                 comparison = compare(
                     {"checkpoint": str(checkpoint)},
                     original,
@@ -57,12 +60,16 @@ def command(
                     rounds=rounds,
                     seconds=seconds,
                     peers=words(peers),
-                    progress=lambda text, bar=bar, size=size: bar.note(f"batch {size}: {text}"),  # type: ignore[misc]
+                    progress=partial(_show, status, size),
                 )
             rows += comparison.rows()
             if not as_json:
                 output.say(_table(checkpoint, comparison))
         output.done({"model": str(checkpoint), "rows": rows, "machine": machine()})
+
+
+def _show(status: Status, size: int, text: str) -> None:
+    status.update(f"batch {size}: {text}")
 
 
 def _dense_job(checkpoint: Path) -> dict[str, Any] | None:

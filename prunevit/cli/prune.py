@@ -15,6 +15,8 @@ Macs = Annotated[str | None, typer.Option(help="MACs that remain at most: 45% of
 Params = Annotated[str | None, typer.Option(help="Parameters that remain at most: 50%, or 10M.")]
 Groups = Annotated[str | None, typer.Option(help="What may be pruned, comma-separated: head,qk,v,mlp,channel.")]
 Ratio = Annotated[float | None, typer.Option(min=0, max=1, help="Share of every group to prune, instead of a budget.")]
+Isomorphic = Annotated[bool, typer.Option("--isomorphic", help="Rank all units of a kind against each other.")]
+Global = Annotated[bool, typer.Option("--global-pruning", help="Rank all units of all kinds against each other.")]
 RoundTo = Annotated[int | None, typer.Option(min=1, help="Keep widths that are multiples of this.")]
 Ignored = Annotated[
     str | None, typer.Option(help="Layers to leave alone, comma-separated: blocks.0.attn,blocks.11.mlp.")
@@ -32,6 +34,8 @@ def command(
     images: ImageCount = 64,
     groups: Groups = None,
     pruning_ratio: Ratio = None,
+    isomorphic: Isomorphic = False,
+    global_pruning: Global = False,
     round_to: RoundTo = None,
     ignored_layers: Ignored = None,
     pretrained: Pretrained = True,
@@ -49,6 +53,8 @@ def command(
     options: dict[str, Any] = {
         "groups": words(groups),
         "pruning_ratio": pruning_ratio,
+        "isomorphic": isomorphic or None,
+        "global_pruning": global_pruning or None,
         "round_to": round_to,
         "ignored_layers": words(ignored_layers),
     }

@@ -159,6 +159,12 @@ def test_prune_takes_groups_ignored_layers_and_multiples(call: Call, checkpoint:
     assert second.qk_dims == first.qk_dims == (8, 8)
 
 
+def test_isomorphic_ranking_makes_ragged_shapes(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    call("prune", checkpoint, "--method", "magnitude", "--macs", "60%", "--isomorphic", "--out", tmp_path / "out")
+    widths = {block.mlp_dim for block in api.load(tmp_path / "out").spec.blocks}
+    assert len(widths) == 2
+
+
 def test_methods_given_one_after_another_compose(call: Call, checkpoint: Path, tmp_path: Path) -> None:
     pruned = tmp_path / "first"
     call("prune", checkpoint, "--method", "magnitude", "--macs", "80%", "--out", pruned, "--json")
