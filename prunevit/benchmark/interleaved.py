@@ -18,8 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import PrunevitError
 
-class PeerFailed(RuntimeError):
+
+class PeerFailed(PrunevitError):
     """A peer's process ended before it answered. The message has its last words."""
 
 

@@ -1,0 +1,78 @@
+"""The how-to pages do what they say: every command and every line of Python on them runs, in a folder that has a model.
+
+A page's names stand for small things: ``deit_small_snp`` is a tiny checkpoint, ``DIR`` a folder of class folders. What
+would come from a hub is the tiny dense model, and long trainings are one epoch.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from typer.testing import CliRunner
+
+import prunevit
+from prunevit.cli import app
+
+PAGES = sorted((Path(__file__).parents[1] / "docs/how-to").glob("*.md"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+STANDS_FOR = {
+    "deit_small_patch16_224.fb_in1k": "dense",
+    "--epochs 30": "--epochs 1",
+    "--batch 1,8": "--batch 1 --peers eager --no-dense --rounds 1 --seconds 0.05",
+    "--rounds 3": "--rounds 1 --seconds 0.05",
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages take for given."""
+    folder = tmp_path_factory.mktemp("howto")
+    torch.manual_seed(0)
+    dense = VisionTransformer(img_size=16, patch_size=8, num_classes=3, embed_dim=24, depth=2, num_heads=2)
+    prunevit.save(prunevit.from_timm(dense), folder / "dense")
+    pruned = prunevit.prune(dense, method="magnitude", constraints={"macs": "60%"})
+    prunevit.save(pruned, folder / "deit_small_snp")
+    pixels = np.random.default_rng(0)
+    for name in ("cat", "dog", "owl"):
+        (folder / "DIR" / name).mkdir(parents=True)
+        for i in range(30):
+            picture = Image.fromarray(pixels.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+            picture.save(folder / "DIR" / name / f"{i}.jpg")
+    for name in ("photo.jpg", "other.jpg"):
+        shutil.copy(folder / "DIR/cat/0.jpg", folder / name)
+    return folder
+
+
+def commands(block: str) -> list[list[str]]:
+    for name, meaning in STANDS_FOR.items():
+        block = block.replace(name, meaning)
+    return [shlex.split(line, comments=True) for line in block.splitlines() if line.strip()]
+
+
+def test_there_are_pages() -> None:
+    assert {"explain", "bench", "export", "import"} <= {page.stem for page in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs(page: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(world, tmp_path / "work")
+    monkeypatch.chdir(folder)
+    names: dict[str, object] = {}
+    for number, (language, block) in enumerate(FENCE.findall(page.read_text("utf-8"))):
+        where = f"{page.name}, block {number}"
+        if language == "python":
+            exec(compile(block, where, "exec"), names)
+            continue
+        assert language in ("", "sh"), f"{where}: expected python or sh, got {language}"
+        for words in commands(block):
+            assert words[0] == "prunevit", f"{where}: {words}"
+            done = CliRunner().invoke(app, words[1:])
+            assert done.exit_code == 0, f"{where}: {shlex.join(words)}\n{done.output}\n{done.exception!r}"
