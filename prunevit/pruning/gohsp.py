@@ -54,7 +54,7 @@ class GOHSP(Scorer):
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
     groups: ClassVar[tuple[Kind, ...]] = ("head", "v", "mlp")
-    supports: ClassVar[tuple[Kind, ...]] = ("head", "qk", "v", "mlp")
+    supports: ClassVar[tuple[Kind, ...]] = ("head", "qk", "v", "mlp", "read")
 
     def __post_init__(self) -> None:
         expect(0 < self.damping <= 1, PruningError, "damping in (0, 1]", got=self.damping)
@@ -206,7 +206,12 @@ def stationary(s: Tensor, damping: float, tolerance: float = 1e-12, most: int = 
 def group_norms(weights: Mapping[str, Tensor], groups: Sequence[Group], model: PrunedViT) -> dict[Group, Tensor]:
     """The L2 norm of each neuron's or pair's own rows and columns."""
     axes, squares = Atoms.of(model.spec).axes(), torch.zeros(Atoms.of(model.spec).total, dtype=torch.float64)
-    wanted = {"v": ("attn.proj.weight",), "qk": ("attn.qkv.weight",), "mlp": ("mlp.fc1.weight", "mlp.fc2.weight")}
+    wanted = {
+        "v": ("attn.proj.weight",),
+        "qk": ("attn.qkv.weight",),
+        "mlp": ("mlp.fc1.weight", "mlp.fc2.weight"),
+        "read": ("attn.qkv.weight", "mlp.fc1.weight"),
+    }
     scores = {}
     for kind, names in wanted.items():
         squares.zero_()

@@ -1,9 +1,10 @@
 """What can be removed from a ViT: the atoms that every weight is indexed by, and the groups that are ranked.
 
 An *atom* is an index of one prunable axis: a residual channel, a query-key pair or a value neuron of a head, a neuron
-of an MLP. :class:`Atoms` numbers them all and says which atom each row and column of each weight belongs to; magnitude,
-gradients, surgery, masks and lifting all read that one table. A *group* is a list of units ranked against each other:
-the neurons of one MLP, the query-key pairs of one head, the heads of a layer, the sublayers of a model.
+of an MLP, a residual channel as one matrix reads it. :class:`Atoms` numbers them all and says which atom each row and
+column of each weight belongs to; magnitude, gradients, surgery, masks and lifting all read that one table. A *group*
+is a list of units ranked against each other: the neurons of one MLP, the query-key pairs of one head, the heads of a
+layer, the sublayers of a model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..errors import PruningError, expect
 from ..spec import BlockSpec, ViTSpec
 
-Kind = Literal["head", "qk", "v", "mlp", "channel", "sublayer"]
+Kind = Literal["head", "qk", "v", "mlp", "channel", "read", "sublayer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -81,6 +82,10 @@ def _groups_of(spec: ViTSpec, kinds: Sequence[Kind]) -> Iterator[Group]:
                     yield Group("qk" if kind == "qk" else "v", f"blocks.{i}.attn.{kind}", width, i, h)
         if block.mlp_dim and "mlp" in kinds:
             yield Group("mlp", f"blocks.{i}.mlp", block.mlp_dim, i)
+        if "read" in kinds:
+            for part, size in zip(("attn", "mlp"), read_sizes(spec, block)):
+                if size:
+                    yield Group("read", f"blocks.{i}.{part}.read", size, i)
     if "sublayer" in kinds:
         attn = tuple(i for i, block in enumerate(spec.blocks) if block.has_attn)
         mlp = tuple(i for i, block in enumerate(spec.blocks) if block.has_mlp)
@@ -90,15 +95,24 @@ def _groups_of(spec: ViTSpec, kinds: Sequence[Kind]) -> Iterator[Group]:
             yield Group("sublayer", "blocks.*.mlp.sublayer", len(mlp), blocks=mlp)
 
 
+def read_sizes(spec: ViTSpec, block: BlockSpec) -> tuple[int, int]:
+    """How many residual channels qkv and fc1 read; 0 where there is no such matrix."""
+    attn, mlp = (spec.embed_dim if listed is None else len(listed) for listed in (block.attn_reads, block.mlp_reads))
+    return attn if block.qk_dims else 0, mlp if block.mlp_dim else 0
+
+
 @dataclass(frozen=True)
 class Atoms:
-    """The numbering of a spec's atoms: channels first, then block by block q-k pairs, value neurons, MLP neurons."""
+    """The numbering of a spec's atoms: channels first, then for each block its pairs, value neurons, MLP neurons, and
+    what qkv and fc1 read.
+    """
 
     spec: ViTSpec
     channel: range
     qk: tuple[tuple[range, ...], ...]
     v: tuple[tuple[range, ...], ...]
     mlp: tuple[range, ...]
+    reads: tuple[tuple[range, range], ...]
     total: int
 
     @classmethod
@@ -111,12 +125,14 @@ class Atoms:
             return range(at - n, at)
 
         channel = take(spec.embed_dim)
-        qk, v, mlp = [], [], []
+        qk, v, mlp, reads = [], [], [], []
         for block in spec.blocks:
             qk.append(tuple(take(n) for n in block.qk_dims))
             v.append(tuple(take(n) for n in block.v_dims))
             mlp.append(take(block.mlp_dim))
-        return cls(spec, channel, tuple(qk), tuple(v), tuple(mlp), at)
+            attn_read, mlp_read = read_sizes(spec, block)
+            reads.append((take(attn_read), take(mlp_read)))
+        return cls(spec, channel, tuple(qk), tuple(v), tuple(mlp), tuple(reads), at)
 
     def in_group(self, group: Group) -> range:
         """The atoms of a group whose units are single atoms."""
@@ -124,7 +140,19 @@ class Atoms:
             return self.channel
         if group.kind == "mlp":
             return self.mlp[group.block]
+        if group.kind == "read":
+            return self.reads[group.block][".mlp." in group.layer]
         return (self.qk if group.kind == "qk" else self.v)[group.block][group.head]
+
+    def read_channels(self) -> tuple[Tensor, Tensor]:
+        """The atoms of all reads, and the channel that each reads."""
+        atoms, channels = [], []
+        for block, (attn, mlp) in zip(self.spec.blocks, self.reads):
+            for listed, ids in ((block.attn_reads, attn), (block.mlp_reads, mlp)):
+                atoms.append(_ids(ids))
+                every = torch.arange(self.spec.embed_dim) if listed is None else torch.tensor(listed)
+                channels.append(every[: len(ids)])
+        return (torch.cat(atoms), torch.cat(channels)) if atoms else (_ids(), _ids())
 
     def axes(self) -> dict[str, tuple[Tensor | None, ...]]:
         """For each prunable parameter of a PrunedViT, the atom of each index of each axis (None: not prunable)."""
@@ -148,10 +176,10 @@ class Atoms:
 
     def _block_axes(self, i: int, block: BlockSpec) -> dict[str, tuple[Tensor | None, ...]]:
         channel = _ids(self.channel)
-        read_attn, write_attn, read_mlp, write_mlp = (
-            channel if listed is None else channel[list(listed)]
-            for listed in (block.attn_reads, block.attn_writes, block.mlp_reads, block.mlp_writes)
+        write_attn, write_mlp = (
+            channel if listed is None else channel[list(listed)] for listed in (block.attn_writes, block.mlp_writes)
         )
+        read_attn, read_mlp = map(_ids, self.reads[i])
         q, v, mlp = _ids(*self.qk[i]), _ids(*self.v[i]), _ids(self.mlp[i])
         table: dict[str, tuple[Tensor | None, ...]] = {
             "attn.qkv.weight": (torch.cat([q, q, v]), read_attn),

@@ -50,6 +50,8 @@ def atom_squares(model: PrunedViT, atoms: Atoms) -> Tensor:
         for axis, ids in enumerate(axes.get(name, ())):
             if ids is not None:
                 total.index_add_(0, ids, reduce_square(parameter, axis).cpu())
+    reads, channels = atoms.read_channels()  # what reads a channel goes with it
+    total.index_add_(0, channels, total[reads])
     return total
 
 

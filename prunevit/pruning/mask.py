@@ -165,6 +165,8 @@ def _zero_dropped(model: PrunedViT, plan: Plan) -> None:
             zero(name, 1)  # what a dropped neuron would write
         if module.endswith("attn.qkv"):
             zero(name, 0)  # dropped pairs score nothing; v's rows are zeroed along
+        if module.endswith(("attn.qkv", "mlp.fc1")) and name.endswith("weight"):
+            zero(name, 1)  # channels that this matrix alone no longer reads
         if not module.endswith(("attn.qkv", "mlp.fc1", "head", "head_dist")):
             zero(name, 2 if name in ("cls_token", "dist_token", "reg_token", "pos_embed") else 0)  # residual channels
     for i, block in enumerate(plan.blocks):

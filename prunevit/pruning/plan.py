@@ -27,7 +27,8 @@ class BlockPlan(_Frozen):
     """What is kept of one block. ``qk`` and ``v`` have one entry a kept head, with indices inside that head.
 
     A block that keeps no head (no neuron) is emptied: its output bias stays. One whose ``has_attn`` (``has_mlp``) is
-    false is removed. ``select`` adds a token reduction; None leaves whatever the dense block has.
+    false is removed. ``attn_reads`` and ``mlp_reads`` are the dense channels that qkv and fc1 still read, of those that
+    are kept at all, and ``select`` adds a token reduction; None leaves whatever the dense block has.
     """
 
     heads: Annotated[Indices, Field(max_length=256)]
@@ -36,6 +37,8 @@ class BlockPlan(_Frozen):
     mlp: Indices
     has_attn: bool = True
     has_mlp: bool = True
+    attn_reads: Indices | None = None
+    mlp_reads: Indices | None = None
     select: TokenSelect | None = None
 
 
@@ -71,6 +74,11 @@ class Plan(_Frozen):
                 for place, h in enumerate(kept.heads):
                     _check(f"{where}.{name}.{place}", each[place], widths[h], least=1)
             _check(f"{where}.mlp", kept.mlp, block.mlp_dim)
+            for part in ("attn_reads", "mlp_reads"):
+                reads, all_reads = getattr(kept, part) or (), getattr(block, part)
+                _check(f"{where}.{part}", reads, dense.embed_dim)
+                if all_reads is not None and not set(reads) <= set(all_reads):
+                    raise ValueError(f"{where}.{part}: expected channels that the dense block reads")
             for part in ("has_attn", "has_mlp"):
                 if getattr(kept, part) and not getattr(block, part):
                     raise ValueError(f"{where}.{part}: the dense block has it removed already")
@@ -87,6 +95,8 @@ class Plan(_Frozen):
             listed: dict[str, tuple[int, ...] | None] = {}
             for name in ("attn_reads", "attn_writes", "mlp_reads", "mlp_writes"):
                 channels = getattr(block, name)
+                if name.endswith("reads") and getattr(kept, name) is not None:
+                    channels = getattr(kept, name)
                 listed[name] = None if channels is None else tuple(place[c] for c in channels if c in place)
                 if listed[name] == ():
                     raise ValueError(f"blocks.{i}.{name}: none of its channels is kept")
@@ -115,6 +125,13 @@ class Plan(_Frozen):
                 kept[atoms.v[i][h].start + torch.tensor(block.v[place])] = True
             if block.mlp:
                 kept[atoms.mlp[i].start + torch.tensor(block.mlp)] = True
+        reads, channels = atoms.read_channels()
+        kept[reads] = kept[channels]
+        for block, (attn, mlp) in zip(self.blocks, atoms.reads):
+            for listed, ids in ((block.attn_reads, attn), (block.mlp_reads, mlp)):
+                if listed is not None and len(ids):
+                    own = (reads >= ids.start) & (reads < ids.stop)
+                    kept[reads[own]] &= torch.isin(channels[own], torch.tensor(listed))
         return kept
 
     # -- making ------------------------------------------------------------------------------------------------------
@@ -131,12 +148,25 @@ class Plan(_Frozen):
             if group.kind == "sublayer":
                 part = "has_attn" if ".attn." in group.layer else "has_mlp"
                 gone.setdefault((part, -1, -1), set()).update(group.blocks[u] for u in units)
+            elif group.kind == "read":
+                part = "attn_reads" if ".attn." in group.layer else "mlp_reads"
+                gone.setdefault((part, group.block, -1), set()).update(units)
             else:
                 gone.setdefault((group.kind, group.block, group.head), set()).update(units)
 
         def rest(n: int, kind: str, block: int = -1, head: int = -1) -> tuple[int, ...]:
             out = gone.get((kind, block, head), set())
             return tuple(u for u in range(n) if u not in out)
+
+        channels = rest(dense.embed_dim, "channel")
+
+        def reads(part: str, i: int) -> tuple[int, ...] | None:
+            if not gone.get((part, i, -1)):
+                return None
+            listed = getattr(dense.blocks[i], part) or range(dense.embed_dim)
+            stay = [listed[u] for u in rest(len(listed), part, i)]
+            # where the channels that it still reads go for all, a matrix keeps one that stays
+            return tuple(stay if set(stay) & set(channels) else [c for c in listed if c in set(channels)][:1])
 
         def without_part(part: str, i: int) -> bool:
             return i in gone.get((part, -1, -1), set())
@@ -158,9 +188,10 @@ class Plan(_Frozen):
                     mlp=rest(block.mlp_dim, "mlp", i) if has_mlp else (),
                     has_attn=has_attn,
                     has_mlp=has_mlp,
+                    attn_reads=reads("attn_reads", i) if heads else None,
+                    mlp_reads=reads("mlp_reads", i) if has_mlp else None,
                 )
             )
-        channels = rest(dense.embed_dim, "channel")
         gain = (dense.embed_dim / len(channels)) ** 0.5 if rescale_norms and channels else 1.0
         return cls._make(dense=dense, channels=channels, norm_gain=gain, blocks=tuple(blocks))
 
@@ -191,6 +222,8 @@ class Plan(_Frozen):
                     mlp=_pick(outer.mlp, second.mlp),
                     has_attn=second.has_attn,
                     has_mlp=second.has_mlp,
+                    attn_reads=_pick(self.channels, second.attn_reads) or outer.attn_reads,
+                    mlp_reads=_pick(self.channels, second.mlp_reads) or outer.mlp_reads,
                     select=second.select or outer.select,
                 )
             )
@@ -249,8 +282,8 @@ def same_shape(a: ViTSpec, b: ViTSpec) -> bool:
     return a.embed_dim == b.embed_dim and a.blocks == b.blocks
 
 
-def _pick(indices: Sequence[int], places: Sequence[int]) -> tuple[int, ...]:
-    return tuple(indices[p] for p in places)
+def _pick(indices: Sequence[int], places: Sequence[int] | None) -> tuple[int, ...]:
+    return tuple(indices[p] for p in places or ())
 
 
 def _check(where: str, indices: Sequence[int], size: int, least: int = 0) -> None:

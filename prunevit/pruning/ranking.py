@@ -15,7 +15,7 @@ from .groups import KINDS, Group, Kind, Scores, check_kinds, matches
 Normalizer = Literal["mean", "sum", "max", "standardization", "gaussian", "lamp"]
 Floats: TypeAlias = NDArray[np.float64]
 
-_NEVER_EMPTY = ("qk", "v", "channel")  # without its last one, a head or a model has no meaning
+_NEVER_EMPTY = ("qk", "v", "channel", "read")  # without its last one, a head or a model has no meaning
 
 
 @dataclass(frozen=True)

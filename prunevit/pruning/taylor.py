@@ -60,6 +60,8 @@ def _of_group(group: Group, change: dict[str, Tensor], model: PrunedViT) -> Tens
     at, block = f"blocks.{group.block}", spec.blocks[group.block]
     if group.kind == "mlp":
         return change[f"{at}.mlp.fc2.weight"].sum(0)
+    if group.kind == "read":
+        return change[f"{at}.{'mlp.fc1' if '.mlp.' in group.layer else 'attn.qkv'}.weight"].sum(0)
     if group.kind == "qk":
         start = sum(block.qk_dims[: group.head])
         own = slice(start, start + group.size)

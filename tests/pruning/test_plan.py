@@ -161,9 +161,9 @@ def test_norm_gain_holds_the_scale_of_what_norms_give() -> None:
 def test_plans_compose_to_the_first_dense_indices() -> None:
     spec = vit(block((8, 8, 8), (8, 8, 8)), block())
     model, images = random_model(spec).double(), random_images(spec)
-    first = random_plan(spec, ("head", "qk", "mlp", "channel"))
+    first = random_plan(spec, ("head", "qk", "mlp", "channel", "read"))
     once = compact(model, first)
-    second = random_plan(once.spec, ("v", "qk", "mlp", "channel"), seed=1)
+    second = random_plan(once.spec, ("v", "qk", "mlp", "channel", "read"), seed=1)
     twice = compact(once, second)
     both = Plan.from_dict(twice.plan)
     assert both.dense == spec

@@ -24,7 +24,7 @@ def squares_that_go(model: PrunedViT, plan: Plan) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_magnitude_is_the_norm_of_what_surgery_removes(name: str) -> None:
     model = random_model(SPECS[name])
-    groups = [g for g in groups_of(model.spec, ("qk", "v", "mlp", "channel")) if g.size > 1]
+    groups = [g for g in groups_of(model.spec, ("qk", "v", "mlp", "channel", "read")) if g.size > 1]
     scores = Magnitude().score(model, groups, None, 0)
     for group in groups:
         for unit in (0, group.size - 1):
@@ -64,7 +64,10 @@ def test_taylor_is_the_gradient_of_a_gate_on_each_unit(name: str) -> None:
                 on(last, lambda m, x, y, gate=gate, at=at: y * gate[at])
         else:
             block, shape = model.blocks[group.block], model.spec.blocks[group.block]
-            if group.kind == "mlp":
+            if group.kind == "read":
+                linear = block.attn.qkv if ".attn." in group.layer else block.mlp.fc1
+                before(linear, lambda m, x, gate=gate: (x[0] * gate,))
+            elif group.kind == "mlp":
                 before(block.mlp.fc2, lambda m, x, gate=gate: (x[0] * gate,))
             elif group.kind == "head":
                 wide = gate.repeat_interleave(torch.tensor(shape.v_dims))
