@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef  # type: ignore[attr-defined]  # torch documents it there
 
-from ._expect import expect
+from ._expect import ContractError, expect
 from ._packs import Pack, PackCache, Weights
 from ._workspace import View, bound
 from .op import Op
@@ -47,7 +46,7 @@ def _target_of(x: Tensor, backend: str) -> Target:
     name: Any = kernel_backend(x.device, x.dtype) if backend == "auto" else backend
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     expect(not capturing, "no CUDA graph capture: a replay would not see that weights have changed", got="a capture")
-    threads = min(torch.get_num_threads(), os.cpu_count() or 1) if name == "cpu" else 1
+    threads = torch.get_num_threads() if name == "cpu" else 1
     return _target(name, x.device, x.dtype, threads)
 
 
@@ -61,8 +60,8 @@ def packed(
 ) -> Pack:
     """The pack for x's device and dtype. ``kind`` names the op with all that ``make`` depends on besides weights."""
     for weight in weights:
-        same = weight is None or weight.device == x.device
-        expect(same, "weights on x's device", got=weight is not None and weight.device, want=x.device)
+        if weight is not None and weight.device != x.device:
+            raise ContractError(f"expected weights on x's device ({x.device}), got {weight.device}")
     return packs.get(kind, weights, _target_of(x, backend), make, trust_versions=trust_versions)
 
 

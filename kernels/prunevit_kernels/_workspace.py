@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,12 +21,18 @@ MAX_SHAPES = 4  # bound programs a pack keeps for each thread
 View = tuple[str, int, int, int]
 
 
+Programs = OrderedDict[tuple[Any, ...], tuple[Launch, list[Tensor]]]
+
+
 class _Local(threading.local):
     """Buffers that no other thread or stream sees: nothing needs a lock, and launches on them stay in order."""
 
     def __init__(self) -> None:
         self.flat: dict[tuple[object, ...], Tensor] = {}
-        self.bound: WeakKeyDictionary[Pack, OrderedDict[object, tuple[Launch, list[Tensor]]]] = WeakKeyDictionary()
+        self.grown = 0
+        self.bound: WeakKeyDictionary[Pack, OrderedDict[tuple[Any, ...], tuple[Launch, list[Tensor]]]] = (
+            WeakKeyDictionary()
+        )
 
 
 _local = _Local()
@@ -40,6 +47,7 @@ def _memory(where: tuple[object, ...], view: View, target: Target) -> Tensor:
         with torch.inference_mode(False):  # made in inference mode, it could not be written outside
             # zeros: what lies between the end of a row and its pitch is defined
             flat = _local.flat[(*where, name)] = torch.zeros(size, dtype=dtype, device=target.device)
+        _local.grown += 1  # what was bound to the smaller buffer is bound anew, and the buffer goes
     return flat
 
 
@@ -58,17 +66,19 @@ def bound(pack: Pack, views: Sequence[View], steps: Sequence[Sequence[int]]) -> 
     """
     target = pack.target
     stream = torch.cuda.current_stream(target.device).cuda_stream if target.device.type == "cuda" else 0
-    where = (target.device, target.dtype, stream)
-    flats = [_memory(where, view, target) for view in views]
-    key = (stream, *views, *(flat.data_ptr() for flat in flats))  # a buffer that grew is another buffer
+    key = (_local.grown, stream, *views)
     programs = _local.bound.setdefault(pack, OrderedDict())
     found = programs.get(key)
     if found is not None:
         programs.move_to_end(key)
         return found
+    where = (target.device, target.dtype, stream)
+    flats = [_memory(where, view, target) for view in views]
     windows = [_window(flat, view, target) for flat, view in zip(flats, views)]
     launches = [op.bind(*(windows[i] for i in step)) for op, step in zip(pack.ops, steps, strict=True)]
-    programs[key] = fuse(launches, target), windows
+    for old in [k for k in programs if k[0] != _local.grown]:
+        del programs[old]
+    programs[(_local.grown, stream, *views)] = fuse(launches, target), windows
     while len(programs) > MAX_SHAPES:
         programs.popitem(last=False)
-    return programs[key]
+    return programs[(_local.grown, stream, *views)]

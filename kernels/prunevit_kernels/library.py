@@ -12,6 +12,7 @@ which says what ``trust_versions`` means. ``backend`` is ``auto`` or a backend's
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor, float32
@@ -43,6 +44,8 @@ __all__ = [
     "packs",
     "ragged_attention",
 ]
+
+_table = cache(lambda qk_dims, v_dims, align: HeadTable.packed(qk_dims, v_dims, align=align))
 
 _HOW = 'str backend="auto", bool trust_versions=False'
 
@@ -195,7 +198,7 @@ def attention_sublayer(
 
     kind = ("attention_sublayer", embed_dim, *heads_key, scale, eps, rule)
     pack = packed(kind, x, weights, backend, trust_versions, make)
-    rows, heads = (x.shape[0], x.shape[1]), HeadTable.packed(*heads_key, align=pack.target.alignment)
+    rows, heads = (x.shape[0], x.shape[1]), _table(*heads_key, pack.target.alignment)
     views: list[View] = [("x", *x.shape), ("qkv", *rows, heads.width), ("c", *rows, heads.out_width)]
     if not rule:
         windows = run(pack, views, [(0, 1), (1, 2), (2, 0)], {0: x})
@@ -278,7 +281,7 @@ def attention(
         return list(attention_ops(target, out_dim, *heads_key, scale, None, (None, None, *tensors, None, None, None)))
 
     pack = packed(("attention", *heads_key, scale), x, weights, backend, trust_versions, make)
-    rows, heads = (x.shape[0], x.shape[1]), HeadTable.packed(*heads_key, align=pack.target.alignment)
+    rows, heads = (x.shape[0], x.shape[1]), _table(*heads_key, pack.target.alignment)
     widths = {"a": x.shape[2], "qkv": heads.width, "c": heads.out_width, "y": out_dim}
     views: list[View] = [(name, *rows, width) for name, width in widths.items()]
     # the kernels add to what is there: a linear map alone is one added to zeros

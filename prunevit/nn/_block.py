@@ -80,8 +80,8 @@ class BlockOnKernels(KernelModule):
         return self._sublayer_tensors("2", mlp.fc1, mlp.fc2)
 
     def _attend(self, x: Tensor, rule: str = "") -> tuple[Tensor, Tensor]:
-        channels = getattr(self, "attn_reads", None), getattr(self, "attn_writes", None)
         block: Any = self
+        channels = block.attn_reads, block.attn_writes
         heads, eps = heads_of(block.attn), block.norm1.eps
         out: tuple[Tensor, Tensor] = torch.ops.prunevit.attention_sublayer(
             x, *self._attention_tensors(), *channels, *heads, eps, rule, *self._how
@@ -89,8 +89,8 @@ class BlockOnKernels(KernelModule):
         return out
 
     def _feed(self, x: Tensor) -> Tensor:
-        channels = getattr(self, "mlp_reads", None), getattr(self, "mlp_writes", None)
         block: Any = self
+        channels = block.mlp_reads, block.mlp_writes
         act, eps = act_of(block.mlp.act), block.norm2.eps
         out: Tensor = torch.ops.prunevit.mlp_sublayer(x, *self._mlp_tensors(), *channels, act, eps, *self._how)
         return out
@@ -98,6 +98,8 @@ class BlockOnKernels(KernelModule):
 
 class TimmBlockOnKernels(BlockOnKernels):
     """timm's transformer block x [B, N, E] -> [B, N, E] on kernels."""
+
+    attn_reads = attn_writes = mlp_reads = mlp_writes = None  # all channels
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         reason = self.refusal(x, attn_mask, is_causal)
