@@ -27,7 +27,6 @@ STANDS_FOR = {
     "deit_small_patch16_224.fb_in1k": "dense",
     "--epochs 30": "--epochs 1",
     "--batch 1,8": "--batch 1 --peers eager --no-dense --rounds 1 --seconds 0.05",
-    "--rounds 3": "--rounds 1 --seconds 0.05",
 }
 
 

@@ -20,6 +20,8 @@ from typing import Any
 
 from ..errors import PrunevitError
 
+BUILT_AT_ONCE = 2  # most of what starting takes is one thread's importing
+
 
 class PeerFailed(PrunevitError):
     """A peer's process ended before it answered. The message has its last words."""
@@ -40,13 +42,16 @@ class Peer:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def start(self, threads: int) -> None:
-        """Build the peer and leave it stopped. Raises :class:`PeerFailed`."""
+        """Begin to build the peer in its process."""
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         job = json.dumps({**self.job, "impl": self.name, "threads": threads})
         command = [sys.executable, *self.program, job]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
         )
+
+    def ready(self) -> None:
+        """Wait until it is built, and leave it stopped. Raises :class:`PeerFailed`."""
         self.facts = self._answer()
         self._pause()
 
@@ -97,10 +102,14 @@ def run_interleaved(
     """Build every peer, then let them run in turn; the order is reversed every other round."""
     started: list[Peer] = []
     try:
-        for peer in peers:
-            progress(f"building {peer.name}")
-            peer.start(threads)
-            started.append(peer)
+        for first in range(0, len(peers), BUILT_AT_ONCE):
+            group = peers[first : first + BUILT_AT_ONCE]
+            progress(f"building {', '.join(peer.name for peer in group)}")
+            for peer in group:
+                peer.start(threads)
+                started.append(peer)
+            for peer in group:
+                peer.ready()
         for r in range(rounds):
             progress(f"round {r + 1} of {rounds}")
             for peer in peers if r % 2 == 0 else list(reversed(peers)):

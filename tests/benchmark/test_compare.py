@@ -45,8 +45,10 @@ def test_every_peer_gets_the_same_weights(job: dict[str, str]) -> None:
 
 
 def test_a_peer_that_ends_early_is_named() -> None:
-    with pytest.raises(PeerFailed, match="eager"):
-        run_interleaved([Peer("eager", {"checkpoint": "nowhere", "batch": 1})], threads=1, rounds=1)
+    broken = Peer("eager", {}, program=("-c", "raise SystemExit('out of memory')"))
+    with pytest.raises(PeerFailed, match=r"eager: .*out of memory"):
+        run_interleaved([broken], threads=1, rounds=1)
+    assert broken.process.poll() is not None
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+
+from prunevit.benchmark import Peer
 
 from .conftest import Call
 
@@ -27,12 +30,21 @@ def test_explain_of_nothing(call: Call, tmp_path: Path) -> None:
     assert "expected a checkpoint directory" in answer.stderr
 
 
-def test_bench(call: Call, checkpoint: Path) -> None:
+def test_bench(call: Call, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_time_passes(peers: list[Peer], *, rounds: int, **_: object) -> None:
+        for place, peer in enumerate(peers):
+            peer.samples = [[1.0 + place]] * rounds
+
+    monkeypatch.setattr(
+        sys.modules["prunevit.benchmark.compare"], "run_interleaved", no_time_passes
+    )  # tests/benchmark runs it
     found = call(
         "bench", checkpoint, "--peers", "eager", "--threads", 1, "--rounds", 1, "--seconds", 0.02, "--json"
     ).json  # fmt: skip
     assert [row["impl"] for row in found["rows"]] == ["prunevit", "eager"]
     assert found["machine"]["versions"]["torch"]
+    told = call("bench", checkpoint, "--peers", "eager", "--rounds", 2)
+    assert "over the best peer, eager:" in told.stdout
 
 
 @pytest.mark.parametrize(
