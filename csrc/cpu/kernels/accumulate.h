@@ -26,10 +26,7 @@ INLINE void accumulate(Tile<M, V>& acc, const float* a, int64_t lda, const float
 #pragma GCC unroll 8
     for (int i = 0; i < (M + 2) / 3; ++i) row[i] = a + 3 * i * lda;
   }
-  int p = 0;
-  for (; p < k; ++p) {
-    __builtin_prefetch(ahead.at, 0, 2);
-    ahead.at += ahead.stride;
+  const auto step = [&](Tile<M, V>& sums, int p) __attribute__((always_inline)) {
     vf operand[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) operand[v] = load(b + (p * V + v) * lanes);
@@ -37,8 +34,28 @@ INLINE void accumulate(Tile<M, V>& acc, const float* a, int64_t lda, const float
     for (int i = 0; i < M; ++i) {
       const vf left = splat(by_rows ? row[i / 3][(i % 3) * lda + p] : a[p * lda + i]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc.at[i][v] += left * operand[v];
+      for (int v = 0; v < V; ++v) sums.at[i][v] += left * operand[v];
     }
+  };
+  int p = 0;
+  if (M * V < 8) {
+    // Too few sums to keep the units busy, and long chains of them: several sets take turns.
+    enum { sets = M * V < 4 ? 4 : 2 };
+    Tile<M, V> set[sets] = {};
+    for (; p + sets <= k; p += sets)
+#pragma GCC unroll 4
+      for (int s = 0; s < sets; ++s) step(set[s], p + s);
+#pragma GCC unroll 4
+    for (int s = 0; s < sets; ++s)
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc.at[i][v] += set[s].at[i][v];
+  }
+  for (; p < k; ++p) {
+    __builtin_prefetch(ahead.at, 0, 2);
+    ahead.at += ahead.stride;
+    step(acc, p);
   }
 }
 

@@ -5,12 +5,13 @@
 namespace prunevit {
 namespace PRUNEVIT_ISA {
 
-// y = (x - mean) / sqrt(var + eps) for `count` rows. The variance is taken around the mean: tokens may lie far from
-// zero. Rows go through together because each is a chain of sums that waits for itself.
+// y = (x - mean) / sqrt(var + eps) for `count` rows. Tokens may lie far from zero: the variance is taken around the mean,
+// and what rounding took from the mean is found again as the mean of the differences, `left`, and subtracted as well.
+// Rows go through together because each is a chain of sums that waits for itself.
 template <int count>
 INLINE void normalise_together(const float* x, int64_t x_pitch, int n, float eps, float* y, int64_t y_pitch) {
   const int whole = n / lanes * lanes, rest = n - whole;
-  vf sum[count], mean[count], squares[count], scale[count];
+  vf sum[count], mean[count], left[count], squares[count], scale[count];
 #pragma GCC unroll 4
   for (int r = 0; r < count; ++r) sum[r] = rest ? load_first(x + r * x_pitch + whole, rest) : vf{};
   for (int i = 0; i < whole; i += lanes)
@@ -19,9 +20,10 @@ INLINE void normalise_together(const float* x, int64_t x_pitch, int n, float eps
 #pragma GCC unroll 4
   for (int r = 0; r < count; ++r) {
     mean[r] = sum_of(sum[r]) * splat(1.0f / (float)n);
-    squares[r] = vf{};
+    left[r] = squares[r] = vf{};
     if (rest) {
       const vf d = keep_first(load_first(x + r * x_pitch + whole, rest) - mean[r], rest);
+      left[r] = d;
       squares[r] = d * d;
     }
   }
@@ -29,20 +31,24 @@ INLINE void normalise_together(const float* x, int64_t x_pitch, int n, float eps
 #pragma GCC unroll 4
     for (int r = 0; r < count; ++r) {
       const vf d = load(x + r * x_pitch + i) - mean[r];
+      left[r] += d;
       squares[r] += d * d;
     }
 #pragma GCC unroll 4
   for (int r = 0; r < count; ++r) {
-    const vf variance = sum_of(squares[r]) * splat(1.0f / (float)n);
+    left[r] = sum_of(left[r]) * splat(1.0f / (float)n);
+    const vf variance = sum_of(squares[r]) * splat(1.0f / (float)n) - left[r] * left[r];
     scale[r] = splat(1.0f / sqrtf(variance[0] + eps));
+    left[r] *= scale[r];
   }
   for (int i = 0; i < whole; i += lanes)
 #pragma GCC unroll 4
-    for (int r = 0; r < count; ++r) store(y + r * y_pitch + i, (load(x + r * x_pitch + i) - mean[r]) * scale[r]);
+    for (int r = 0; r < count; ++r) store(y + r * y_pitch + i, (load(x + r * x_pitch + i) - mean[r]) * scale[r] - left[r]);
   if (rest)
 #pragma GCC unroll 4
     for (int r = 0; r < count; ++r)
-      store_first(y + r * y_pitch + whole, (load_first(x + r * x_pitch + whole, rest) - mean[r]) * scale[r], rest);
+      store_first(y + r * y_pitch + whole, (load_first(x + r * x_pitch + whole, rest) - mean[r]) * scale[r] - left[r],
+                  rest);
 }
 
 INLINE void normalise(const float* x, int n, float eps, float* y) { normalise_together<1>(x, 0, n, eps, y, 0); }

@@ -5,7 +5,8 @@
 namespace prunevit {
 namespace PRUNEVIT_ISA {
 
-// p(f) 2^n for x = n + f, 0 ≤ f < 1. The polynomial is a minimax fit of 2^f with p(0) = 1: relative error 8.2e-8.
+// p(f) 2^n for x = n + f, 0 ≤ f < 1. The polynomial is a minimax fit of 2^f with p(0) = 1, good to 4e-9. One
+// degree less would leave 2.4 units in the last place instead of 1.4.
 INLINE vf exp2(vf x) {
 #if defined(__AVX512DQ__)
   const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -16,11 +17,12 @@ INLINE vf exp2(vf x) {
   const vf shifted = (x - splat(0.5f)) + magic;
   const vf f = x - (shifted - magic);
 #endif
-  vf p = splat(0.001867130515165627f);
-  p = p * f + splat(0.009017029777169228f);
-  p = p * f + splat(0.05579991266131401f);
-  p = p * f + splat(0.24016444385051727f);
-  p = p * f + splat(0.6931512951850891f);
+  vf p = splat(0.00021794661006424576f);
+  p = p * f + splat(0.0012414923403412104f);
+  p = p * f + splat(0.009681169874966145f);
+  p = p * f + splat(0.05548248812556267f);
+  p = p * f + splat(0.24022990465164185f);
+  p = p * f + splat(0.6931470036506653f);
   p = p * f + splat(1.0f);
 #if defined(__AVX512DQ__)
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // scales by 2^floor(x), denormals and infinities included
