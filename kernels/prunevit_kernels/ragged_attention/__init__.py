@@ -2,7 +2,8 @@
 
 Buffers: qkv [B, N, heads.width] is read, out [B, Nq, heads.out_width] is written for the first Nq ≤ N queries of each
 image (the last block under class-token pooling needs only one). The softmax scale times log2 e is folded into q by
-whoever packs, so scores are exponents of 2. Alignment gaps of ``out`` are written as zeros. Dqk, Dv ≤ 128; any N ≥ 1.
+whoever packs, so scores are exponents of 2. Alignment gaps after q and k slices hold zeros, those after v slices
+anything; gaps of ``out`` are written as zeros. Dqk, Dv ≤ 128; any N ≥ 1.
 """
 
 from __future__ import annotations
