@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import subprocess
 from pathlib import Path
 
@@ -55,11 +56,20 @@ def bits(tensor: Tensor) -> np.ndarray:
 
 
 def emulate(
-    program: Path, folder: Path, op: FusedMlp, x: Tensor, *, kernel: str | None, gpu: Gpu, wide: bool = True
+    program: Path,
+    folder: Path,
+    op: FusedMlp,
+    x: Tensor,
+    *,
+    kernel: str | None,
+    gpu: Gpu,
+    wide: bool = True,
+    early: bool = False,
 ) -> tuple[Tensor, str]:
     """Run op on x [M, E], a view whose rows have a pitch. Returns x's memory afterwards, and the plan that ran.
 
-    ``wide`` says whether the rows start on 16 bytes, as the extension would find out from the pointer.
+    ``wide`` says whether the rows start on 16 bytes, as the extension would find out from the pointer; ``early``
+    whether asynchronous copies land as soon, or as late, as they may.
     """
     rows, pitch = x.shape[0], x.stride(0) if x.shape[0] > 1 else x.shape[1]
     extent = (rows - 1) * pitch + x.shape[1]
@@ -73,7 +83,8 @@ def emulate(
     numbers += [int(x.dtype == torch.bfloat16), ACTS.index(op.act), chosen]
     (folder / "case").write_text(" ".join(map(str, numbers)))
     command = [str(program), str(folder), *map(str, dataclasses.astuple(gpu))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | ({"PRUNEVIT_EMULATE_EARLY": "1"} if early else {})
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"{op.embed_dim} × {op.hidden_dim}, {rows} rows, {kernel}: {done.returncode}\n{done.stderr}")
     after = torch.from_numpy(np.fromfile(folder / "x", dtype=np.int16)).view(x.dtype)

@@ -1,7 +1,8 @@
 // A CPU's stand-in for csrc/cuda/primitives.cuh: the kernels run unchanged, one block at a time, a fiber a thread.
 //
-// Whatever the hardware may do late happens as late as it may: an asynchronous copy lands when it is waited for, a
-// wgmma reads its operands when it is waited for. Shared memory starts as NaNs. Lanes of a warp that reach different
+// What the hardware may do late happens as late as it may: an asynchronous copy lands when it is waited for, a wgmma
+// reads its operands when it is waited for, and others run in between. With PRUNEVIT_EMULATE_EARLY set, copies land
+// as they are issued instead: one hides what comes too late, the other what comes too soon. Shared memory starts as NaNs. Lanes of a warp that reach different
 // collective instructions, addresses outside the block's shared memory, and deadlocks end the program by name.
 #pragma once
 
@@ -38,6 +39,8 @@ namespace prunevit::emulator {
                  threadIdx.x, what.c_str());
     std::abort();
 }
+
+inline const bool early = std::getenv("PRUNEVIT_EMULATE_EARLY") != nullptr;
 
 struct Copy {
     uint32_t to;
@@ -136,11 +139,13 @@ inline void run_block(Block& b) {
     b.warps.assign(b.threads / 32, Meeting{});
     b.barriers.clear();
     int left = b.threads;
+    unsigned drawn = 1;  // warps run apart: each sits out every other round or so, drawn alike in every run
     long seen = b.progress;
     for (int idle = 0; left > 0;) {
         for (int i = 0; i < b.threads; ++i) {
             Fiber& f = b.fibers[i];
-            if (f.done) continue;
+            if (i % 32 == 0) drawn = drawn * 1664525u + 1013904223u;
+            if (f.done || drawn >> 31) continue;
             b.current = i;
             threadIdx.x = i;
             if (!_setjmp(b.scheduler)) {
@@ -158,7 +163,7 @@ inline void run_block(Block& b) {
         }
         idle = b.progress == seen ? idle + 1 : 0;
         seen = b.progress;
-        if (idle > 3) fail("deadlock");
+        if (idle > 100) fail("deadlock");
     }
 }
 
@@ -251,7 +256,13 @@ inline float sum_of_eight_lanes(float v) {
     return v;
 }
 
-inline void copy_async(uint32_t to, const void* from, bool valid) { emulator::self().open.push_back({to, from, 16, valid}); }
+inline void copy_async(uint32_t to, const void* from, bool valid) {
+    if (emulator::early) {
+        emulator::land({to, from, 16, valid});
+    } else {
+        emulator::self().open.push_back({to, from, 16, valid});
+    }
+}
 inline void copy_async(uint32_t to, const void* from) { copy_async(to, from, true); }
 inline void commit_copies() {
     auto& f = emulator::self();

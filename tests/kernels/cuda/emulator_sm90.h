@@ -84,6 +84,7 @@ void multiply_all(void** given, int columns) {
 }
 
 inline void run_product(Product& product) {
+    for (int i = 0; i < 2; ++i) yield();  // whoever could overwrite the operands by now has the time to
     meet(warpgroups[threadIdx.x / 128].meeting, "wgmma", threadIdx.x % 128, 128, &product, [&](void** given) {
         for (int thread = 1; thread < 128; ++thread) {
             const auto& other = *static_cast<Product*>(given[thread]);
@@ -138,7 +139,14 @@ inline void barrier_wait(uint32_t barrier, int parity) {
 }
 inline void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
     if (bytes % 16 != 0) emulator::fail("a bulk copy of " + std::to_string(bytes) + " bytes");
-    emulator::barrier_at(barrier).copies.push_back({to, from, bytes, true});
+    auto& b = emulator::barrier_at(barrier);
+    if (emulator::early) {
+        emulator::land({to, from, bytes, true});
+        b.bytes -= bytes;
+        emulator::end_phase_if_complete(b);
+    } else {
+        b.copies.push_back({to, from, bytes, true});
+    }
 }
 inline void publish_to_async() {}
 inline void meet(int id, int threads) {

@@ -27,6 +27,7 @@ def check(
     kernel: str | None,
     gpu: Gpu = ONE_SM,
     pitch: int | None = None,
+    early: bool = False,
 ) -> str:
     """Run op on `rows` rows between guard bands of NaN and hold it to both rules. Returns the plan that ran."""
     op = rounded(op, dtype)
@@ -37,7 +38,7 @@ def check(
     view = storage.as_strided((rows, op.embed_dim), (pitch, 1), GUARD)
     view.copy_(values)
     extent = (rows - 1) * pitch + op.embed_dim
-    memory, plan = emulate(emulator, tmp_path, op, view, kernel=kernel, gpu=gpu, wide=pitch % 8 == 0)
+    memory, plan = emulate(emulator, tmp_path, op, view, kernel=kernel, gpu=gpu, wide=pitch % 8 == 0, early=early)
     assert memory.numel() == extent
     after = torch.full_like(storage, math.nan)
     after[GUARD : GUARD + extent] = memory
@@ -87,6 +88,14 @@ def test_every_kernel_on_every_shape(emulator: Path, tmp_path: Path, shape: str,
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 64, 65, 127, 129, 197])
 def test_row_tails(emulator: Path, tmp_path: Path, kernel: str, rows: int) -> None:
     check(emulator, tmp_path, draw(37, 83), rows, kernel=kernel, gpu=H100 if kernel == "split" else ONE_SM)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("embed", "hidden"), [(153, 383), (345, 307)])
+def test_copies_that_land_at_once(emulator: Path, tmp_path: Path, kernel: str, embed: int, hidden: int) -> None:
+    """A tile must not be copied over before all have read it, whether the copy takes long or not."""
+    gpu = Gpu(90, 3, 227 * 1024)  # a split has two chunks or more
+    check(emulator, tmp_path, draw(embed, hidden), 35, kernel=kernel, gpu=gpu, early=True)
 
 
 @pytest.mark.parametrize(
