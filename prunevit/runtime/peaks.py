@@ -59,11 +59,13 @@ class PeakProbe:
         probe = f"a {self._sized} × {self._sized} matrix product in PyTorch"
         return Peaks(flops, calm, self._copy(), None, probe)
 
-    def _bandwidths(self) -> tuple[float, float]:
+    def _bandwidths(self) -> tuple[float, float | None]:
         """From memory and from cache: the best of three, as the peak is the best of its samples."""
         threads, read = self.target.threads, self.native.bandwidth
         memory = max(read(threads, FROM_MEMORY, 10) for _ in range(3))
-        return memory, max(read(threads, CACHED * threads, 5) for _ in range(3))
+        cache = max(read(threads, CACHED * threads, 10) for _ in range(3))
+        # a cache slower than memory is a probe that was interrupted, not a fact about the machine
+        return memory, cache if cache > memory else None
 
     def _matmul(self) -> float:
         size, device = self._sized, self.target.device
