@@ -26,8 +26,9 @@ def run(case: Case) -> None:
 
 
 def run_drawn(case: Case, threads: int = 2) -> None:
-    """With more room: on an output of a few numbers, eager's own error may be nearly zero by luck."""
-    check(case, CPU if threads == 2 else Target("cpu", threads=threads), units=8)
+    """With more room: on an output of a few numbers, eager's own error may be nearly zero by luck, and the baseline
+    instruction set rounds twice where eager fuses."""
+    check(case, CPU if threads == 2 else Target("cpu", threads=threads), units=16)
 
 
 def blocks() -> dict[str, tuple[int, list[int], list[int], int]]:

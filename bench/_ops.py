@@ -1,0 +1,246 @@
+"""One op on every published shape: prunevit's C++ beside eager PyTorch, unpadded and padded, and torch.compile.
+
+Each implementation runs in a process of its own, stopped while another runs, and goes through all shapes in every
+round. The floor of a shape is the larger of its operations over the measured multiply-add peak and its bytes over the
+measured memory bandwidth, useful work only.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from prunevit import shapes
+from prunevit._machine import machine
+from prunevit.benchmark import Peer, run_interleaved
+from prunevit_kernels import FusedMlp, HeadTable, NormLinear, Op, RaggedAttention, Target
+from prunevit_kernels.ragged_attention import ragged_attention
+
+IMPLS = ("prunevit", "eager", "eager padded", "torch.compile")
+TOKENS, LANES = 197, 16
+Work = dict[str, Any]  # name, batch, e, qk, v, f: one block of one model
+
+
+def works(names: list[str], batches: list[int]) -> list[Work]:
+    """The blocks of the named models at each batch size, no two alike."""
+    found: dict[str, Work] = {}
+    for name in names:
+        spec = shapes.get(name)
+        for i, block in enumerate(spec.blocks):
+            facts = {"e": spec.embed_dim, "qk": list(block.qk_dims), "v": list(block.v_dims), "f": block.mlp_dim}
+            for batch in batches:
+                found.setdefault(json.dumps([facts, batch]), {"name": f"{name}.block{i}", "batch": batch, **facts})
+    return list(found.values())
+
+
+def relevant(op: str, all_works: list[Work]) -> list[Work]:
+    """Those that this op has something to do in, no two alike to it."""
+    found = {}
+    for work in all_works:
+        if work["f"] if op == "fused_mlp" else work["qk"]:
+            flops, touched = cost(op, work)
+            found.setdefault((work["e"], work["batch"], flops, touched), work)
+    return list(found.values())
+
+
+def cost(op: str, work: Work) -> tuple[int, int]:
+    """Floating-point operations, and bytes that must be read or written once."""
+    rows, e, f = work["batch"] * TOKENS, work["e"], work["f"]
+    qk, v = sum(work["qk"]), sum(work["v"])
+    if op == "ragged_attention":
+        return 2 * rows * TOKENS * (qk + v), 4 * rows * (2 * qk + 2 * v)
+    if op == "norm_linear":
+        d = 2 * qk + v
+        return 2 * rows * e * d, 4 * (rows * (e + d) + e * d)
+    return 4 * rows * e * f, 4 * (2 * rows * e + 2 * e * f)
+
+
+def make(op: str, work: Work) -> tuple[Op, list[Tensor]]:
+    """The op with random weights, and its buffers."""
+    b, e, f = work["batch"], work["e"], work["f"]
+    heads = HeadTable.packed(work["qk"], work["v"])
+
+    def buffer(width: int) -> Tensor:
+        return torch.randn(b, TOKENS, -(-width // LANES) * LANES)[..., :width]
+
+    if op == "ragged_attention":
+        return RaggedAttention(heads), [buffer(heads.width), buffer(heads.out_width)]
+    if op == "norm_linear":
+        weight = torch.randn(heads.width, e) / e**0.5
+        return NormLinear(e, weight, torch.randn(heads.width), 1e-6), [buffer(e), buffer(heads.width)]
+    w1, w2 = torch.randn(f, e) / e**0.5, torch.randn(e, f) / f**0.5 * 1e-3  # x is updated over and over
+    return FusedMlp(e, w1, torch.randn(f), w2, torch.zeros(e), "gelu", 1e-6), [buffer(e)]
+
+
+def build(impl: str, op: str, work: Work, threads: int) -> Callable[[], object]:
+    made, buffers = make(op, work)
+    if impl == "prunevit":
+        return made.pack(Target("cpu", threads=threads)).bind(*buffers)
+    if impl == "eager padded":
+        return padded(op, work)
+    function = unpadded(made)
+    if impl == "torch.compile":
+        function = torch.compile(function, dynamic=False)
+    return lambda: function(buffers[0])
+
+
+def unpadded(op: Op) -> Callable[[Tensor], Tensor]:
+    if isinstance(op, RaggedAttention):
+        return lambda qkv: ragged_attention(qkv, op.heads)
+    if isinstance(op, NormLinear):
+        return lambda x: F.linear(F.layer_norm(x, x.shape[-1:], eps=op.eps), op.weight, op.bias)
+    assert isinstance(op, FusedMlp)
+
+    def mlp(x: Tensor) -> Tensor:
+        return x + F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], eps=op.eps), op.w1, op.b1)), op.w2, op.b2)
+
+    return mlp
+
+
+def padded(op: str, work: Work) -> Callable[[], object]:
+    """Heads padded to one width, or output widths to 16, ahead of time: the padding itself is not timed."""
+    if op == "ragged_attention":
+        size = (work["batch"], len(work["qk"]), TOKENS)
+        q, k = (torch.randn(*size, max(work["qk"])) for _ in range(2))
+        v = torch.randn(*size, max(work["v"]))
+        return lambda: F.scaled_dot_product_attention(q, k, v)
+    up = -(-work["f"] // LANES) * LANES
+    d = 2 * sum(work["qk"]) + sum(work["v"])
+    wide = {**work, "f": up} if op == "fused_mlp" else {**work, "v": [*work["v"][:-1], work["v"][-1] + -d % LANES]}
+    made, buffers = make(op, wide)
+    function = unpadded(made)
+    return lambda: function(buffers[0])
+
+
+@torch.no_grad()
+def worker(job: dict[str, Any]) -> None:
+    """Build every shape, then for each line of seconds answer with each shape's median time in milliseconds."""
+    torch.set_num_threads(job["threads"])
+    torch._dynamo.config.recompile_limit = 10_000
+    torch.manual_seed(0)
+    if job["impl"] == "peak":
+        from prunevit_kernels import _cpu
+
+        runs: list[Callable[[], object]] = []
+        facts = {"bandwidth": _cpu.bandwidth(job["threads"], 1 << 28, 300)}
+    else:
+        runs = [build(job["impl"], job["op"], work, job["threads"]) for work in job["works"]]
+        facts = {}
+        for run in runs:
+            run()
+            run()
+    print(json.dumps({"built": job["impl"], **facts}), flush=True)
+    for line in sys.stdin:
+        if job["impl"] == "peak":
+            print(json.dumps({"ms": [_cpu.fma_peak(job["threads"], 50)]}), flush=True)
+            continue
+        medians = []
+        for run in runs:
+            until, times = time.perf_counter() + float(line) / len(runs), list[float]()
+            run()
+            while len(times) < 3 or time.perf_counter() < until:
+                start = time.perf_counter()
+                run()
+                times.append((time.perf_counter() - start) * 1e3)
+            medians.append(statistics.median(times))
+        print(json.dumps({"ms": medians}), flush=True)
+
+
+def measure(op: str, names: list[str], batches: list[int], threads: int, impls: list[str]) -> list[dict[str, Any]]:
+    todo = relevant(op, works(names, batches))
+    program = (str(Path(__file__).resolve()),)
+    peers = [Peer(impl, {"op": op, "works": todo}, program) for impl in [*impls, "peak"]]
+    console = Console(stderr=True)
+    with console.status("") as status:
+        run_interleaved(peers, threads=threads, rounds=5, seconds=0.03 * len(todo), progress=status.update)
+    *measured, probe = peers
+    peak = statistics.median(rate for sample in probe.samples for rate in sample)
+    rows = []
+    for i, work in enumerate(todo):
+        flops, touched = cost(op, work)
+        floor = max(flops / peak, touched / probe.facts["bandwidth"]) * 1e3
+        times = {peer.name: statistics.median(sample[i] for sample in peer.samples) for peer in measured}
+        best = min((ms for name, ms in times.items() if name != "prunevit"), default=None)
+        for name, ms in times.items():
+            rows.append(
+                {
+                    "op": op,
+                    "shape": work["name"],
+                    "batch": work["batch"],
+                    "threads": threads,
+                    "impl": name,
+                    "us": round(ms * 1e3, 1),
+                    "gflops": round(flops / ms / 1e6, 1),
+                    "fraction_of_peak": round(flops / ms * 1e3 / peak, 3),
+                    "fraction_of_floor": round(floor / ms, 3),
+                    "ratio_to_best_peer": round(best / ms, 2) if best and name == "prunevit" else None,
+                    "fma_peak_gflops": round(peak / 1e9, 1),
+                    "bandwidth_gb_s": round(probe.facts["bandwidth"] / 1e9, 1),
+                }
+            )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """One line a shape and batch: microseconds of every implementation, and how prunevit stands."""
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    first = rows[0]
+    title = f"{first['op']}, µs; peak {first['fma_peak_gflops']} GFLOP/s, memory {first['bandwidth_gb_s']} GB/s"
+    table = Table(title=title)
+    for column in ("shape", "batch", *impls, "GFLOP/s", "of floor", "to best peer"):
+        table.add_column(column, justify="left" if column == "shape" else "right", no_wrap=column == "shape")
+    for i in range(0, len(rows), len(impls)):
+        group = {row["impl"]: row for row in rows[i : i + len(impls)]}
+        ours = group.get("prunevit", rows[i])
+        cells = [f"{group[impl]['us']:.0f}" for impl in impls]
+        ratio = ours["ratio_to_best_peer"]
+        share = (f"{ours['gflops']:.0f}", f"{ours['fraction_of_floor']:.0%}", f"{ratio:.2f} ×" if ratio else "")
+        table.add_row(ours["shape"], str(ours["batch"]), *cells, *share)
+    Console().print(table)
+
+
+def command(op: str) -> None:
+    """The command line of one op's benchmark."""
+
+    def main(
+        device: Annotated[str, typer.Option(help="cpu")] = "cpu",
+        shape: Annotated[str, typer.Option("--shapes", help="names, separated by commas")] = ",".join(shapes.names()),
+        batch: Annotated[str, typer.Option(help="batch sizes, separated by commas")] = "1,8",
+        threads: Annotated[int, typer.Option(help="threads of every implementation")] = 2,
+        impls: Annotated[str, typer.Option(help="implementations, separated by commas")] = ",".join(IMPLS),
+        out: Annotated[Path | None, typer.Option(help="folder for the CSV and JSON files")] = None,
+    ) -> None:
+        if device != "cpu":
+            raise typer.BadParameter(f"expected cpu, got {device}")
+        unknown = set(impls.split(",")) - set(IMPLS)
+        if unknown:
+            raise typer.BadParameter(f"expected implementations among {', '.join(IMPLS)}, got {', '.join(unknown)}")
+        rows = measure(op, shape.split(","), [int(b) for b in batch.split(",")], threads, impls.split(","))
+        show(rows)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            record = {"environment": {**machine(), "threads": threads, "command": " ".join(sys.argv)}, "rows": rows}
+            (out / f"{op}-cpu.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+            with (out / f"{op}-cpu.csv").open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+
+    typer.run(main)
+
+
+if __name__ == "__main__":
+    worker(json.loads(sys.argv[1]))
