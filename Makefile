@@ -1,6 +1,7 @@
 # make demo    prune a ViT on handwritten digits, run it, time a published shape   (a fresh clone needs nothing else)
 # make test    the whole test suite
 # make check   ruff, mypy, import-linter
+# make sanitize  the C++ kernels' tests under AddressSanitizer and UBSan
 # make bench   the CPU benchmarks; PEERS: torch.compile, ONNX Runtime, OpenVINO
 # Set PYTHON to choose an interpreter (3.11 or newer), VENV to choose where it is installed.
 
@@ -9,7 +10,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/prunevit demo --out demo-out
@@ -22,6 +23,13 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# an instrumented copy of the kernels beside the ordinary one; leaks are not looked for, since Python keeps what it likes
+sanitize: $(VENV)/.installed
+	PRUNEVIT_SANITIZE=1 PRUNEVIT_CUDA_ARCHS= $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_*.py
 
 # the stamp depends on what is compiled: an edited kernel is rebuilt, an unchanged one is reused
 $(VENV)/.installed: $(SOURCES)

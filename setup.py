@@ -34,6 +34,9 @@ FLAGS = [
     "-pthread",
 ]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc reports its own intrinsics headers
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+if os.environ.get("PRUNEVIT_SANITIZE"):  # `make sanitize`
+    FLAGS += [*SANITIZERS, "-O1", "-g1"]
 ISAS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma"]
@@ -81,7 +84,7 @@ def cpu_extension() -> Extension:
         ["csrc/bindings_cpu.cpp"],
         include_dirs=[pybind11.get_include(), "csrc"],
         extra_compile_args=FLAGS,
-        extra_link_args=["-pthread"],
+        extra_link_args=["-pthread", *(flag for flag in FLAGS if "sanitize" in flag)],
         depends=sorted(map(str, Path("csrc").rglob("*.h"))),
         language="c++",
     )
