@@ -4,7 +4,6 @@ This package knows nothing of pruning or models: ops take tensors, head tables a
 """
 
 from ._expect import ContractError, expect
-from .cpu import program
 from .fused_mlp import Activation, FusedMlp
 from .heads import MAX_HEAD_DIM, HeadTable
 from .linear_residual import LinearResidual
@@ -41,6 +40,5 @@ __all__ = [
     "Target",
     "TokenScores",
     "expect",
-    "program",
     "fuse",
 ]
