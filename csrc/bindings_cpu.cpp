@@ -89,7 +89,8 @@ LinearPointer packed_linear(const MatrixTuple& weight, uintptr_t bias, uintptr_t
                             std::vector<int> writes, std::vector<int> k_start) {
   const Matrix w = matrix(weight);
   require_matrix("weight", w);
-  require(std::max(w.rows, w.cols) <= 1 << 24, "at most 2^24 rows and columns", std::to_string(std::max(w.rows, w.cols)));
+  const int64_t longest = std::max(w.rows, w.cols);
+  require(longest <= 1 << 24, "at most 2^24 rows and columns", std::to_string(longest));
   require(reads.empty() || static_cast<int64_t>(reads.size()) == w.cols, "one channel read an input",
           std::to_string(reads.size()));
   require(writes.empty() || static_cast<int64_t>(writes.size()) == w.rows, "one channel written an output",

@@ -33,8 +33,8 @@ void require_tokens(const char* name, const Tokens& t) {
   require_matrix(name, {t.data, t.rows, t.cols, t.pitch});
   const int64_t size = (t.rows - 1) * t.pitch + t.cols;
   require(t.batch >= 1, std::string(name) + " with at least one image", std::to_string(t.batch));
-  require(t.batch == 1 || t.image >= size, std::string(name) + " with images at least " + std::to_string(size) + " apart",
-          std::to_string(t.image));
+  require(t.batch == 1 || t.image >= size,
+          std::string(name) + " with images at least " + std::to_string(size) + " apart", std::to_string(t.image));
 }
 
 namespace {

@@ -1,5 +1,5 @@
-// What the ops take: plain structs of pointers, sizes and pitches (in floats). No Python, no torch, no inline functions:
-// this header is read by code compiled for several instruction sets.
+// What the ops take: plain structs of pointers, sizes and pitches (in floats). No Python, no torch, no inline
+// functions: this header is read by code compiled for several instruction sets.
 #pragma once
 #include <stdint.h>
 

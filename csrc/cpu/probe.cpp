@@ -17,7 +17,9 @@ double fma_peak(int threads, double milliseconds) {
   const Kernels& isa = kernels();
   Pool pool(threads, 50);
   Session session(pool);
-  const Body body = [](const void* rounds, int, float*) { kernels().fma_seconds(*static_cast<const int64_t*>(rounds)); };
+  const Body body = [](const void* context, int, float*) {
+    kernels().fma_seconds(*static_cast<const int64_t*>(context));
+  };
   int64_t rounds = 1000;
   const double once = isa.fma_seconds(rounds);
   rounds = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(rounds) * milliseconds * 1e-3 / once));

@@ -20,7 +20,7 @@ uint32_t key_of(float score) {
 struct SelectTokensStep final : Step {
   explicit SelectTokensStep(const SelectTokens& op) : op(op) {}
 
-  // Scratch holds one 64-bit word a token: its key, then its place counted from the end, so that ties go to the earlier.
+  // Scratch holds one 64-bit word a token: its key, then its place from the end, so that ties go to the earlier.
   Need need(int) const override { return {2 * op.x.rows, 0}; }
 
   void run(Pool& pool) const override {

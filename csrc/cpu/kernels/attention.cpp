@@ -75,7 +75,8 @@ INSTANCES(weights_of, KeysFunction, weights_tile)
 INSTANCES(values_of, ValuesFunction, values_tile)
 
 template <class Of1, class Of2>
-INLINE void by_keys(Of1 of1, Of2 of2, const float* k, int qk, int keys, const float* q, int vectors, float* s, float* top) {
+INLINE void by_keys(Of1 of1, Of2 of2, const float* k, int qk, int keys, const float* q, int vectors, float* s,
+                    float* top) {
   const int tiles = tile_count(keys, rows_of[vectors]);
   for (int i = 0; i < tiles; ++i) {
     const int first = tile_start(keys, tiles, i), m = tile_start(keys, tiles, i + 1) - first;

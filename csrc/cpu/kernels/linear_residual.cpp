@@ -20,9 +20,11 @@ struct LinearResidualStep final : Step {
     each(pool, blocks.count * groups, [&](int item, float* scratch) {
       const int block = item / groups, p = item % groups;
       const int64_t first = block_start(blocks, block), last = block_start(blocks, block + 1);
-      for (int panel = p; panel < (few ? p + 1 : op.linear->panels); ++panel)
-        linear_panel(*op.linear, panel, op.c.data + first * op.c.pitch, op.c.pitch, (int)(last - first),
-                     Into::residual, residual_start(*op.linear, panel, op.x.data + first * op.x.pitch), op.x.pitch, scratch);
+      const float* c = op.c.data + first * op.c.pitch;
+      float* x = op.x.data + first * op.x.pitch;
+      for (int i = p; i < (few ? p + 1 : op.linear->panels); ++i)
+        linear_panel(*op.linear, i, c, op.c.pitch, (int)(last - first), Into::residual,
+                     residual_start(*op.linear, i, x), op.x.pitch, scratch);
     });
   }
 

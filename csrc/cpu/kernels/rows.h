@@ -5,8 +5,8 @@
 namespace prunevit {
 namespace PRUNEVIT_ISA {
 
-// y = (x - mean) / sqrt(var + eps) for `count` rows. Tokens may lie far from zero: the variance is taken around the mean,
-// and what rounding took from the mean is found again as the mean of the differences, `left`, and subtracted as well.
+// y = (x - mean) / sqrt(var + eps) for `count` rows. Tokens may lie far from zero: the variance is taken around the
+// mean, and what rounding took from the mean is found again as the mean of the differences, `left`, and subtracted too.
 // Rows go through together because each is a chain of sums that waits for itself.
 template <int count>
 INLINE void normalise_together(const float* x, int64_t x_pitch, int n, float eps, float* y, int64_t y_pitch) {
@@ -43,7 +43,8 @@ INLINE void normalise_together(const float* x, int64_t x_pitch, int n, float eps
   }
   for (int i = 0; i < whole; i += lanes)
 #pragma GCC unroll 4
-    for (int r = 0; r < count; ++r) store(y + r * y_pitch + i, (load(x + r * x_pitch + i) - mean[r]) * scale[r] - left[r]);
+    for (int r = 0; r < count; ++r)
+      store(y + r * y_pitch + i, (load(x + r * x_pitch + i) - mean[r]) * scale[r] - left[r]);
   if (rest)
 #pragma GCC unroll 4
     for (int r = 0; r < count; ++r)
@@ -59,7 +60,7 @@ INLINE void normalise_affine(const float* x, int n, float eps, const float* affi
   for (int i = 0; i < n; ++i) y[i] = y[i] * affine[i] + affine[n + i];
 }
 
-// The normalised inputs of a linear for rows [first, last) of x, `pitch` floats apart in `to`. `row` holds one whole row.
+// The normalised inputs of a linear for rows [first, last) of x, `pitch` floats apart in `to`. `row` holds one row.
 INLINE void normalise_rows(const Matrix& x, int64_t first, int64_t last, float eps, const Linear& linear, float* row,
                            float* to, int64_t pitch) {
   const int n = (int)x.cols;

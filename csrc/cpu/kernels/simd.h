@@ -1,5 +1,5 @@
 // Vectors of the instruction set that this file is compiled for (PRUNEVIT_ISA names it and its namespace).
-// Everything here is inlined or internal: nothing compiled for a wide machine may reach a narrow one through the linker.
+// Everything here is inlined or internal: nothing compiled for a wide machine may reach a narrow one by the linker.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -50,8 +50,8 @@ INLINE vf load(const float* p) {
 
 INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
-// The first n lanes (1 ≤ n ≤ lanes); memory past them is not touched, lanes past them are zero. The sanitizer does not see
-// into masked instructions, so it gets the plain loops.
+// The first n lanes (1 ≤ n ≤ lanes); memory past them is not touched, lanes past them are zero. The sanitizer does not
+// see into masked instructions, so it gets the plain loops.
 #if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)
 INLINE vf load_first(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps((__mmask16)(0xFFFFu >> (16 - n)), p); }
 INLINE void store_first(float* p, vf v, int n) {
@@ -146,8 +146,10 @@ INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 // Run body(item, scratch) for every item on the pool's threads.
 template <class F>
 INLINE void each(Pool& pool, int items, const F& body) {
-  pool.run(items, [](const void* context, int item, float* scratch) { (*static_cast<const F*>(context))(item, scratch); },
-           &body);
+  const Body call = [](const void* context, int item, float* scratch) {
+    (*static_cast<const F*>(context))(item, scratch);
+  };
+  pool.run(items, call, &body);
 }
 
 }  // namespace PRUNEVIT_ISA
