@@ -152,18 +152,24 @@ def main(
             except PeerFailed as error:
                 console.print(f"[red]{shape}, batch {size}:[/] {error}")
                 raise typer.Exit(1) from error
+            write({"environment": environment(threads), "rows": rows}, out, json_)  # what is measured is kept
     Console().print(table_of(rows))
-    record = {"environment": environment(threads), "rows": rows}
+
+
+def write(record: dict[str, Any], out: Path | None, json_: Path | None) -> None:
+    """The rows as JSON, CSV and a picture."""
+    rows = record["rows"]
     if json_ is not None:
         json_.write_text(json.dumps(record, indent=1) + "\n")
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "model-cpu.json").write_text(json.dumps(record, indent=1) + "\n")
-        with (out / "model-cpu.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-            writer.writeheader()
-            writer.writerows(rows)
-        plot(rows, out / "model-cpu.png")
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "model-cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    with (out / "model-cpu.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows, out / "model-cpu.png")
 
 
 if __name__ == "__main__":
