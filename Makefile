@@ -2,7 +2,8 @@
 # make test    the whole test suite
 # make check   ruff, mypy, import-linter
 # make sanitize  the C++ kernels' tests under AddressSanitizer and UBSan
-# make bench   the CPU benchmarks; PEERS: torch.compile, ONNX Runtime, OpenVINO
+# make bench   whole models against eager, torch.compile, ONNX Runtime and OpenVINO; fills the README's table
+# make compile-check  what the compilers made of the GPU kernels, without a GPU
 # Set PYTHON to choose an interpreter (3.11 or newer), VENV to choose where it is installed.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test check bench sanitize clean
+.PHONY: demo test check bench compile-check sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/prunevit demo --out demo-out
@@ -23,6 +24,14 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed
+	$(BIN)/python bench/model.py --device cpu --out bench/results
+	$(BIN)/python bench/tables.py
+
+compile-check: $(VENV)/.installed
+	$(BIN)/python -m prunevit_kernels.compile_check
+	$(BIN)/python -m pytest tests/kernels/cuda/test_machine_code.py
 
 # an instrumented copy of the kernels beside the ordinary one; leaks are not looked for, since Python keeps what it likes
 sanitize: $(VENV)/.installed
