@@ -1,6 +1,6 @@
 # make demo    prune a ViT on handwritten digits, run it, time a published shape   (a fresh clone needs nothing else)
 # make test    the whole test suite
-# make check   ruff, mypy, import-linter
+# make check   ruff, mypy, import-linter, one op one name
 # make sanitize  the C++ kernels' tests under AddressSanitizer and UBSan
 # make bench   whole models against eager, torch.compile, ONNX Runtime and OpenVINO; fills the README's table
 # make compile-check  what the compilers made of the GPU kernels, without a GPU
@@ -24,6 +24,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_layout.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python bench/model.py --device cpu --out bench/results
