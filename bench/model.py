@@ -122,7 +122,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylabel("images / s")
         axis.set_title(f"batch {batch}", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False, fontsize=8, ncols=5, loc="upper right")
+    axes[0, 0].legend(frameon=False, fontsize=8, ncols=5, loc="lower right", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
