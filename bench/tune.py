@@ -34,8 +34,8 @@ def bound_ops(plan: Plan, target: Target, images: Tensor) -> list[tuple[TritonOp
         storage.normal_()
 
     def buffer(view: View) -> Tensor:
-        ends = {"images": lambda: images, "out": program.new_output}
-        return ends[view.buffer]() if view.buffer in ends else program.view(view)
+        ends = {"images": images, "out": program.out}
+        return ends[view.buffer] if view.buffer in ends else program.view(view)
 
     steps = zip(plan.steps, packed.ops)
     return [(op, [buffer(view) for view in step.views]) for step, op in steps if isinstance(op, TritonOp)]

@@ -14,7 +14,7 @@ from .pool_head import Pool, PoolHead
 from .program import fuse
 from .ragged_attention import RaggedAttention
 from .select_tokens import SelectTokens
-from .target import BACKENDS, BackendName, Launch, MissingExtension, PackedOp, Target
+from .target import BACKENDS, BackendName, Launch, MissingExtension, PackedOp, Rebindable, Target
 from .token_scores import Rule, TokenScores
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Pool",
     "PoolHead",
     "RaggedAttention",
+    "Rebindable",
     "Rule",
     "SelectTokens",
     "Target",

@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from ._expect import expect
 
@@ -75,4 +76,13 @@ class PackedOp(Protocol):
     @property
     def bind(self) -> Callable[..., Launch]:
         """Check the op's buffers once; what comes back runs the op on them, allocates nothing and checks nothing."""
+        ...
+
+
+@runtime_checkable
+class Rebindable(PackedOp, Protocol):
+    """A packed op whose first buffer may be another at each launch, at no more than the cost of a call."""
+
+    def rebindable(self, first: Tensor, *rest: Tensor) -> Callable[[Tensor], Launch]:
+        """Check the buffers once; then bind any other of the same shape, dtype and layout as ``first``."""
         ...

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunevit_kernels import Launch, PackedOp, Target, fuse
+from prunevit_kernels import Launch, PackedOp, Rebindable, Target, fuse
 
 from .plan import Plan, View
 
@@ -32,20 +32,27 @@ class PackedPlan:
 class Program:
     """A packed plan bound to buffers of one batch size. Not safe for two callers at once: the engine holds a lock.
 
-    Only the first and the last step touch memory that belongs to the caller; they are bound anew at each call, and
-    everything between them is fixed.
+    Only the first step touches memory that belongs to the caller; it is bound anew at each call, and what follows is
+    fixed.
     """
 
     def __init__(self, packed: PackedPlan, target: Target, batch: int) -> None:
         self.packed, self.target, self.batch = packed, target, batch
         steps = packed.plan.steps
-        self.storage = _allocate([view for step in steps for view in step.views], target, batch)
-        middle = zip(steps[1:-1], packed.ops[1:-1])
-        self.launches = [op.bind(*(self.view(v) for v in step.views)) for step, op in middle]
-        self.run_middle = fuse(self.launches, target)
+        # a buffer made in inference mode could not be written outside
+        with torch.inference_mode(False):
+            self.storage = _allocate([view for step in steps for view in step.views], target, batch)
+            self.out = self._new_output()
+        after = zip(steps[1:], packed.ops[1:])
+        self.launches = [op.bind(*(self.view(v) for v in step.views)) for step, op in after]
+        self._run_rest = fuse(self.launches, target)
+        self._x = self.view(steps[0].views[1])
+        self._first: Callable[[Tensor], Launch] | None = None
 
     def view(self, view: View) -> Tensor:
         """The window of a view on its buffer's memory."""
+        if view.buffer == "out":
+            return self.out
         flat = self.storage[view.buffer]
         if view.width == 0:
             return flat[: self.batch * view.tokens].view(self.batch, view.tokens)
@@ -53,24 +60,25 @@ class Program:
         window = flat[: self.batch * view.tokens * pitch].view(self.batch, view.tokens, pitch)[..., : view.width]
         return window[:, : view.first]
 
-    def bind_ends(self, images: Tensor, out: Tensor) -> tuple[Launch, Launch]:
-        steps, ops = self.packed.plan.steps, self.packed.ops
-        first = ops[0].bind(images, self.view(steps[0].views[1]))
-        last = ops[-1].bind(self.view(steps[-1].views[0]), out)
-        return first, last
+    def first(self, images: Tensor) -> Launch:
+        """The first step on these images, which the engine's door has checked."""
+        if self._first is None:
+            op = self.packed.ops[0]
+            self._first = op.rebindable(images, self._x) if isinstance(op, Rebindable) else self._bind_first
+        return self._first(images)
 
-    def new_output(self) -> Tensor:
+    def _bind_first(self, images: Tensor) -> Launch:
+        return self.packed.ops[0].bind(images, self._x)
+
+    def _new_output(self) -> Tensor:
         view = self.packed.plan.output
         shape = (self.batch, view.tokens, view.width) if view.tokens else (self.batch, view.width)
         return torch.empty(shape, dtype=self.target.dtype, device=self.target.device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        out = self.new_output()
-        first, last = self.bind_ends(images, out)
-        first()
-        self.run_middle()
-        last()
-        return out
+        self.first(images)()
+        self._run_rest()
+        return self.out.clone()
 
 
 def _allocate(views: Sequence[View], target: Target, batch: int) -> dict[str, Tensor]:

@@ -173,17 +173,16 @@ def explain(runtime: Runtime, batch: int = 1, rounds: int = 20, img_size: tuple[
     height, width = img_size or spec.img_size
     images = torch.randn(batch, spec.in_chans, height, width, generator=torch.Generator().manual_seed(0))
     # through the door, for its checks and its padding of odd sizes
-    images = runtime._checked(images.to(target.device))
+    images = runtime._door.admit(images.to(target.device))
     probe = PeakProbe(target)
     # whatever else calls the runtime waits: its turn would be counted as a step's time
     with engine.lock:
         program = engine.program((batch, images.shape[2], images.shape[3]))
-        first, last = program.bind_ends(images, out := program.new_output())
-        launches = [first, *program.launches, last]
+        launches = [program.first(images), *program.launches]
         call_ms, step_ms = _measure(program, launches, images, target, rounds, probe)
         peaks = probe.result()
         steps = program.packed.plan.steps
-        buffers = [_buffers(program, step, images, out) for step in steps]
+        buffers = [_buffers(program, step, images) for step in steps]
         reports = [
             _report(step, program.packed.ops[i], buffers[i], ms, batch, target, peaks)
             for i, (step, ms) in enumerate(zip(steps, step_ms))
@@ -209,8 +208,8 @@ def explain(runtime: Runtime, batch: int = 1, rounds: int = 20, img_size: tuple[
     )
 
 
-def _buffers(program: Program, step: Step, images: Tensor, out: Tensor) -> list[Tensor]:
-    ends = {"images": images, "out": out}
+def _buffers(program: Program, step: Step, images: Tensor) -> list[Tensor]:
+    ends = {"images": images, "out": program.out}
     return [ends[view.buffer] if view.buffer in ends else program.view(view) for view in step.views]
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from ..models.from_timm import from_timm
 from ..models.vit import PrunedViT
 from ..spec import ViTSpec
 from .backend import choose_target
+from .door import Door
 from .engine import Engine
 from .plan import Plan, make_plan
 from .predict import Prediction, Predictor
@@ -62,6 +62,7 @@ class Runtime:
         self._tensors = {name: tensor.detach().cpu().clone() for name, tensor in source.state_dict().items()}
         self._attn_pool = getattr(source, "attn_pool", None)
         self.name, self.dense_spec = _name_of(model, source), _dense_spec(source)
+        self._door = Door(self.spec, self.target.device, self.target.dtype)
         self._engine = Engine(self._make_plan, self.target, max_programs)
         self._predictor = Predictor(source.pretrained_cfg, self.spec)
 
@@ -93,7 +94,11 @@ class Runtime:
 
         fp32 images are accepted by a 16-bit runtime and cast; any other difference is an :class:`InputError`.
         """
-        return self._engine(self._checked(images))
+        images = self._door.admit(images)
+        out = self._engine(images)
+        if self.check_nan:
+            self._door.refuse_nonfinite(images, out)
+        return out
 
     def predict(
         self,
@@ -124,45 +129,6 @@ class Runtime:
         from .explain import explain
 
         return explain(self, batch, rounds, img_size)
-
-    def _checked(self, images: Tensor) -> Tensor:
-        spec = self.spec
-        expect(isinstance(images, Tensor), InputError, "images as a tensor [B, C, H, W]", got=type(images).__name__)
-        expect(images.dim() == 4, InputError, "images [B, C, H, W]", got=f"shape {tuple(images.shape)}")
-        expect(images.shape[0] >= 1, InputError, "at least one image", got=f"shape {tuple(images.shape)}")
-        expect(images.shape[1] == spec.in_chans, InputError, f"{spec.in_chans} channels", got=images.shape[1])
-        size = (images.shape[2], images.shape[3])
-        if spec.dynamic_img_size:
-            fits = all(s >= p for s, p in zip(size, spec.patch_size))
-            if not spec.dynamic_img_pad:
-                fits = fits and all(s % p == 0 for s, p in zip(size, spec.patch_size))
-            expect(fits, InputError, f"sides that are multiples of the patch size {spec.patch_size}", got=size)
-        else:
-            expect(
-                size == spec.img_size, InputError, f"images of {spec.img_size[0]} × {spec.img_size[1]} pixels", got=size
-            )
-        same = images.device.type == self.device.type and self.device.index in (None, images.device.index)
-        expect(same, InputError, f"images on {self.device} (use .to)", got=images.device)
-        accepted = {self.dtype, torch.float32}
-        wanted = " or ".join(sorted(str(d).removeprefix("torch.") for d in accepted))
-        expect(images.dtype in accepted, InputError, f"{wanted} images", got=images.dtype)
-        expect(
-            images.is_contiguous(),
-            InputError,
-            "contiguous NCHW images (use .contiguous())",
-            got=f"strides {images.stride()}",
-        )
-        # a sum over finite values may overflow but not be NaN for nothing: look closer only then
-        if self.check_nan and not bool(images.sum().isfinite()):
-            finite = bool(images.isfinite().all())
-            expect(finite, InputError, "finite pixel values", got="NaN or infinity in images")
-        return self._pad(images.detach().to(self.dtype))
-
-    def _pad(self, images: Tensor) -> Tensor:
-        if not self.spec.dynamic_img_pad:
-            return images
-        (p, q), (h, w) = self.spec.patch_size, images.shape[2:]
-        return F.pad(images, (0, -w % q, 0, -h % p)) if h % p or w % q else images
 
 
 def _name_of(model: str | os.PathLike[str] | nn.Module, source: PrunedViT) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from .. import cpu
@@ -17,12 +19,21 @@ class PackedPatchEmbed:
         self.stem = cpu.extension().Stem(*map(cpu.vector, vectors))
 
     def bind(self, images: Tensor, x: Tensor) -> Launch:
-        self.op.check(self.target, images, x)
-        shapes = tuple(images.shape), tuple(self.op.weight.shape[2:])
-        rest = cpu.tokens(x), len(self.op.prefix), self.op.eps
-        weights = self.target.pool, self.linear, self.stem
-        launch: Launch = cpu.extension().patch_embed((images, x), *weights, images.data_ptr(), *shapes, *rest)
-        return launch
+        return self.rebindable(images, x)(images)
+
+    def rebindable(self, first: Tensor, *rest: Tensor) -> Callable[[Tensor], Launch]:
+        """Launches on any images like ``first``; of the check, the sizes and the weights nothing is done again."""
+        (x,) = rest
+        self.op.check(self.target, first, x)
+        native, weights = cpu.extension().patch_embed, (self.target.pool, self.linear, self.stem)
+        shapes = tuple(first.shape), tuple(self.op.weight.shape[2:])
+        sizes = cpu.tokens(x), len(self.op.prefix), self.op.eps
+
+        def launch_on(images: Tensor) -> Launch:
+            launch: Launch = native((images, x), *weights, images.data_ptr(), *shapes, *sizes)
+            return launch
+
+        return launch_on
 
 
 def pack(op: PatchEmbed, target: Target) -> PackedPatchEmbed:
