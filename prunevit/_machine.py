@@ -15,9 +15,11 @@ def machine() -> dict[str, Any]:
 
     return {
         "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
         "versions": {name: installed(name) for name in ("prunevit", "torch", "timm", "onnxruntime", "openvino")},
     }
 

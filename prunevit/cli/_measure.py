@@ -1,15 +1,11 @@
-"""What commands measure: accuracy, time, and the machine it was measured on."""
+"""What commands measure: accuracy and time."""
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,33 +52,3 @@ def interleaved_ms(
             times[name].append(1e3 * (time.perf_counter() - start))
         tick()
     return {name: statistics.median(taken) for name, taken in times.items()}
-
-
-def environment() -> dict[str, Any]:
-    """The machine and the versions that a number belongs to."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("prunevit", "torch", "timm", "numpy", "scikit-learn")},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -29,17 +29,20 @@ def command(
     """Train a small ViT on handwritten digits, prune, recover, save and run it; then time a published pruned DeiT."""
     with reporting(as_json) as output:
         start = time.monotonic()
+        import torch
+
+        from .._machine import machine
         from ..plots import plot_shape
         from ._digits_demo import Steps, run_digits
         from ._latency_demo import run_latency
-        from ._measure import environment
 
         out.mkdir(parents=True, exist_ok=True)
         digits, dense, pruned = run_digits(output, out, seed, Steps(epochs, recovery_epochs))
         deit = run_latency(output, rounds, seed)
         plot_shape(pruned, out / "shape.png", name=f"digits ViT, pruned by {digits['pruned']['method']}", dense=dense)
         seconds = time.monotonic() - start
-        report = {"digits": digits, "deit_small": deit, "environment": {**environment(), "demo_seconds": seconds}}
+        here = {**machine(), "threads": torch.get_num_threads(), "demo_seconds": seconds}
+        report = {"digits": digits, "deit_small": deit, "environment": here}
         (out / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
         output.done(report, _table(report))
         output.say(

@@ -1,0 +1,63 @@
+"""``import prunevit`` is light, has every name that it promises, and registers timm's entrypoint all the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+import prunevit
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+LOADED = "import time; print('loaded', *sorted({'torch', 'timm', 'numpy'} & set(sys.modules)), time.process_time())"
+COMMAND = (
+    "from prunevit.cli import app\ntry: app({arguments})\nexcept SystemExit as end: print(end.code, file=sys.stderr)"
+)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["prune", "--help"],
+        ["prune", "deit_tiny", "--out", "no", "--macs", "banana"],
+    ],
+    ids=["help", "help_of_prune", "no_number"],
+)
+def test_help_and_wrong_usage_load_neither_torch_nor_timm(arguments: list[str]) -> None:
+    shown = python(f"import sys\n{COMMAND.format(arguments=arguments)}\n{LOADED}")
+    loaded, seconds = shown.splitlines()[-1].rsplit(maxsplit=1)
+    assert loaded == "loaded"
+    assert float(seconds) < 2.5  # of the processor; half a second where it is not shared, torch and timm take six
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import prunevit, timm",
+        "import timm, prunevit",
+        "import prunevit, importlib.util; importlib.util.find_spec('timm'); import timm",
+        "import prunevit.nn, timm",
+    ],
+    ids=["before_timm", "after_timm", "someone_looks_for_timm", "a_part_first"],
+)
+def test_the_entrypoint_is_there_in_whatever_order(order: str) -> None:
+    after = "type(timm.__spec__.loader).__name__, [f for f in sys.meta_path if 'prunevit' in type(f).__module__]"
+    assert python(f"{order}; import sys; print(timm.is_model('prunevit'), {after})") == "True SourceFileLoader []"
+
+
+def test_every_promised_name_is_there() -> None:
+    for name in (*prunevit.__all__, *prunevit._PARTS, "__version__"):
+        assert getattr(prunevit, name) is not None
+        assert name in dir(prunevit)
+    assert prunevit.prune is import_module("prunevit.api").prune
+    with pytest.raises(AttributeError, match="prunes"):
+        _ = prunevit.prunes
