@@ -1,0 +1,77 @@
+"""What is measured of a model: accuracy in prunevit's runtime, costs, attention maps, and what scores agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from images import Batches, Images
+from methods import Lab
+from torch import Tensor
+
+import prunevit
+from prunevit.models import PrunedViT
+from prunevit.pruning import METHODS, Scorer, groups_of
+
+
+def accuracy(model: PrunedViT, images: Images) -> float:
+    """The share of images whose class is the most likely one, computed by the runtime."""
+    runtime = prunevit.Runtime(model, device="cpu", threads=torch.get_num_threads())
+    right = sum(int((runtime(x).argmax(1) == labels).sum()) for x, labels in Batches(images, 100))
+    return right / len(images)
+
+
+def costs(model: PrunedViT, dense: PrunedViT) -> dict[str, float]:
+    """MACs and parameters, and what share of the dense model's they are."""
+    macs, params = model.spec.macs(), model.spec.params()
+    shares = {"macs_share": macs / dense.spec.macs(), "params_share": params / dense.spec.params()}
+    return {"macs": macs, "params": params, **shares}
+
+
+@torch.no_grad()
+def attention_maps(model: PrunedViT, images: Tensor) -> list[Tensor]:
+    """The attention of each layer, [B, H, N, N]."""
+    maps = []
+    with outputs_of_qkv(model) as seen:
+        model.eval()(images)
+    for block, qkv in zip(model.spec.blocks, seen):
+        widths = list(block.qk_dims)
+        queries, keys = (part.split(widths, -1) for part in qkv[..., : 2 * sum(widths)].chunk(2, -1))
+        scores = [q @ k.mT * block.attn_scale for q, k in zip(queries, keys)]
+        maps.append(torch.stack(scores, 1).softmax(-1))
+    return maps
+
+
+@contextmanager
+def outputs_of_qkv(model: PrunedViT) -> Iterator[list[Tensor]]:
+    seen: list[Tensor] = []
+    handles = [
+        model.get_submodule(f"blocks.{i}.attn.qkv").register_forward_hook(lambda _, __, out: seen.append(out))
+        for i in range(model.spec.depth)
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def map_error(model: PrunedViT, dense: PrunedViT, images: Tensor) -> float:
+    """‖A′ − A‖ / ‖A‖ of each layer's attention, averaged over layers. All heads are there in both."""
+    pairs = zip(attention_maps(model, images), attention_maps(dense, images))
+    return float(torch.stack([(ours - theirs).norm() / theirs.norm() for ours, theirs in pairs]).mean())
+
+
+def agreement(lab: Lab, kind: Any, one: str, other: str, seed: int) -> float:
+    """Spearman's rank correlation of two scores within each group of a kind, averaged over groups."""
+    spec = lab.dense.spec
+    groups = groups_of(spec, (kind,))
+    ranks = []
+    for name in (one, other):
+        scorer = METHODS[name]()
+        assert isinstance(scorer, Scorer)
+        scores = scorer.score(lab.dense, groups, lab.shown(seed), seed)
+        ranks.append([scores[group].argsort().argsort().double() for group in groups])
+    return float(torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(*ranks)]).mean())

@@ -1,0 +1,252 @@
+"""The tables of docs/methods.md, from the results alone. What has not been run says so."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Any
+
+from grid import SCORES
+from methods import ALL, MAIN, UNTRAINED
+
+NOT_RUN = "not run"
+WORDS = {"qk": "query-key pairs", "v": "values", "mlp": "MLP neurons", "channel": "residual channels", "head": "heads"}
+
+
+class Results:
+    """Cells and latencies, as `report.py` has committed them."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self.setting, self.environment = record["setting"], record["environment"]
+        self.cells, self.missing = record["cells"], record["missing"]
+        self.latency = record["latency"]
+
+    def find(self, **wanted: Any) -> list[dict[str, Any]]:
+        """The records of all cells that have these values, those of unreachable budgets included."""
+        return [r for r in self.cells if all(r["cell"].get(name) == value for name, value in wanted.items())]
+
+    def values(self, fact: str, **wanted: Any) -> list[float]:
+        return [r["facts"][fact] for r in self.find(**wanted) if fact in r["facts"]]
+
+    def recovered(self, method: str, budget: float) -> list[float]:
+        return self.values("accuracy", stage="recovered", method=method, budget=budget)
+
+    def lasting(self, method: str, budget: float, batch: int) -> tuple[float, float] | None:
+        """ms and speed-up over dense of the first seed's model."""
+        names = self.values("checkpoint", stage="recovered", method=method, budget=budget, seed=0)
+        models = self.latency["models"] if self.latency else {}
+        found = models.get(names[0], {}).get(str(batch)) if names else None
+        return (found["ms"], found["speedup"]) if found else None
+
+
+def percent(values: Iterable[float], unreachable: bool = False) -> str:
+    """A share, or mean and range of several."""
+    shares = [100 * value for value in values]
+    if not shares:
+        return "cannot" if unreachable else NOT_RUN
+    mean = f"{statistics.mean(shares):.1f}"
+    return mean if len(shares) == 1 else f"{mean} ({min(shares):.1f}–{max(shares):.1f})"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main_point(r: Results) -> str:
+    """Every method at the main budget."""
+    s, rows = r.setting, []
+    control = r.recovered("dense", s["main"])
+    for method in ("dense", *MAIN):
+        here = {"stage": "recovered", "method": method, "budget": s["main"]}
+        first = {**here, "seed": 0}
+        times = [r.lasting(method, s["main"], batch) for batch in (1, 32)]
+        after = r.values("accuracy", **here)
+        less = statistics.mean(control) - statistics.mean(after) if control and after else None
+        rows.append(
+            [
+                "dense, trained on as long" if method == "dense" else method,
+                percent(r.values("macs_share", **first)),
+                percent(r.values("params_share", **first)),
+                *(NOT_RUN if t is None else f"{t[0]:.2f} ms, {t[1]:.2f} ×" for t in times),
+                percent(r.values("cut", **here)),
+                percent(after),
+                str(len(after)),
+                NOT_RUN if less is None else f"{-100 * less:+.1f}",
+            ]
+        )
+    head = ("method", "MACs", "parameters", "batch 1", "batch 32", "cut", "recovered", "seeds", "against dense")
+    return table(head, rows)
+
+
+def budgets(r: Results) -> str:
+    """After recovery, at every budget."""
+    s = r.setting
+    shares = sorted({s["main"], *s["others"]}, reverse=True)
+    rows = []
+    for method in MAIN:
+        row = []
+        for share in shares:
+            cells = r.find(stage="recovered", method=method, budget=share)
+            row.append(percent(r.recovered(method, share), any("unreachable" in c["facts"] for c in cells)))
+        rows.append([method, *row])
+    return table(("recovered, at MACs of", *(f"{share:.0%}" for share in shares)), rows)
+
+
+def untrained(r: Results) -> str:
+    """Right after the cut."""
+    rows = []
+    for method in UNTRAINED:
+        row = []
+        for share in r.setting["cuts"]:
+            cells = r.find(stage="cut", method=method, budget=share)
+            row.append(
+                percent(
+                    (c["facts"]["accuracy"] for c in cells if "accuracy" in c["facts"]),
+                    any("unreachable" in c["facts"] for c in cells),
+                )
+            )
+        rows.append([method, *row])
+    return table(("cut, at MACs of", *(f"{share:.0%}" for share in r.setting["cuts"])), rows)
+
+
+def one_kind(r: Results) -> str:
+    """Each score on each kind of unit by itself."""
+    rows = []
+    for kind, scores in SCORES.items():
+        for score in scores:
+            found = (
+                r.values("accuracy", stage="one kind", kind=kind, score=score, ratio=x) for x in r.setting["ratios"]
+            )
+            rows.append([WORDS[kind], score, *(percent(values) for values in found)])
+    head = ("what goes", "ranked by", *(f"{x:.0%} of them gone" for x in r.setting["ratios"]))
+    return table(head, rows)
+
+
+def maps(r: Results) -> str:
+    """How far the attention maps move when query-key pairs go."""
+    rows = []
+    for score in SCORES["qk"]:
+        found = (r.values("map_error", stage="one kind", kind="qk", score=score, ratio=x) for x in r.setting["ratios"])
+        rows.append([score, *(percent(values) for values in found)])
+    return table(("error of the attention maps, %", *(f"{x:.0%} of pairs gone" for x in r.setting["ratios"])), rows)
+
+
+def agreement(r: Results) -> str:
+    rows = []
+    for kind in ALL:
+        found = [r.values("spearman", stage="agreement", kind=kind, scores=["snp", o]) for o in ("magnitude", "taylor")]
+        rows.append([WORDS[kind], *(f"{values[0]:+.2f}" if values else NOT_RUN for values in found)])
+    return table(("rank correlation of SNP's score with", "magnitude", "taylor"), rows)
+
+
+def auto(r: Results) -> str:
+    """MACs of auto over those of a rival at the same accuracy, the rival's curve interpolated."""
+    s, rows = r.setting, []
+    shares = sorted({s["main"], *s["others"]}, reverse=True)
+    compared = [
+        ("cut", "auto", "snp, inner"),
+        ("cut", "auto", "cp-vit"),
+        ("recovered", "auto", "snp, inner"),
+        ("recovered", "auto", "cp-vit"),
+        ("recovered", "auto, in rounds", "snp, inner, in rounds"),
+        ("recovered", "auto, in rounds", "cp-vit"),
+    ]
+    for stage, ours, rival in compared:
+        curve = [(1.0, a) for a in (_dense_accuracy(r) if stage == "cut" else r.recovered("dense", s["main"])[:1])]
+        reached = [c["facts"] for c in r.find(stage=stage, method=rival, seed=0) if "accuracy" in c["facts"]]
+        curve += [(facts["macs_share"], facts["accuracy"]) for facts in reached]
+        row = []
+        for share in shares:
+            cells = [
+                c["facts"] for c in r.find(stage=stage, method=ours, budget=share, seed=0) if "accuracy" in c["facts"]
+            ]
+            row.append(_equal(cells[0], curve) if cells and len(curve) > 1 else NOT_RUN)
+        rows.append([f"{ours}, {stage}", rival, *row])
+    return table(("", "against", *(f"auto at {share:.0%}" for share in shares)), rows)
+
+
+def _dense_accuracy(r: Results) -> list[float]:
+    return r.values("accuracy", stage="dense")
+
+
+def _equal(facts: dict[str, float], curve: list[tuple[float, float]]) -> str:
+    """auto's MACs as a share of what the rival needs for the same accuracy."""
+    needed = macs_at(facts["accuracy"], curve)
+    if needed is None:
+        beyond = "above" if facts["accuracy"] > max(a for _, a in curve) else "below"
+        return f"{facts['accuracy']:.1%}, {beyond} the rival's range"
+    return f"{facts['macs_share'] / needed:.0%}"
+
+
+def macs_at(accuracy: float, curve: list[tuple[float, float]]) -> float | None:
+    """The least MACs at which a piecewise linear curve of (MACs, accuracy) reaches an accuracy; None outside it."""
+    points = sorted(curve)
+    if points[0][1] >= accuracy:
+        return None if points[0][1] > accuracy else points[0][0]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if y0 < accuracy <= y1:
+            return x0 + (x1 - x0) * (accuracy - y0) / (y1 - y0)
+    return None
+
+
+def setup(r: Results) -> str:
+    """The dense model, and what has not been run."""
+    s, env = r.setting, r.environment
+    found = r.find(stage="dense")
+    lines = []
+    if found:
+        facts = found[0]["facts"]
+        lines.append(
+            f"The dense model has {facts['params'] / 1e6:.2f} M parameters and {facts['macs'] / 1e6:.1f} MMAC, and "
+            f"after {s['epochs']} epochs gets {facts['accuracy']:.1%} of the {s['test']} test images right."
+        )
+    small = r.find(stage="small")
+    if small:
+        facts = small[0]["facts"]
+        lines.append(
+            f"A dense model of width {s['small_width']} ({facts['macs_share']:.1%} of the MACs), trained and recovered "
+            f"in as many steps, gets {facts['accuracy']:.1%}."
+        )
+    lines.append(
+        f"Recovery is {s['steps']} steps of {s['batch']} images. fp32, {env['threads']} threads of an {env['cpu']}; "
+        f"prunevit {env['prunevit']}, torch {env['torch']}, timm {env['timm']}."
+    )
+    if r.missing:
+        lines.append("Not run yet: " + "; ".join(_brief(r.missing)) + ".")
+    return "\n".join(lines)
+
+
+def _brief(missing: list[dict[str, Any]]) -> list[str]:
+    """The missing cells, those that differ in one value alone taken together."""
+    groups: dict[str, list[str]] = {}
+    for cell in missing:
+        *where, last = [f"{value:.0%}" if isinstance(value, float) else str(value) for value in cell.values()]
+        groups.setdefault(" ".join(where), []).append(last)
+    return [f"{where} (seed {', '.join(seeds)})" for where, seeds in groups.items()]
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "cifar10-setup": setup,
+    "cifar10-main": main_point,
+    "cifar10-budgets": budgets,
+    "cifar10-cut": untrained,
+    "cifar10-kinds": one_kind,
+    "cifar10-maps": maps,
+    "cifar10-agreement": agreement,
+    "cifar10-auto": auto,
+}
+
+
+def fill(page: str, results: Results) -> str:
+    """A page with each table between its markers made anew."""
+    for name, render in TABLES.items():
+        start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+        if start not in page:
+            continue
+        before, rest = page.split(start, 1)
+        _, after = rest.split(end, 1)
+        page = f"{before}{start}{render(results)}\n{end}{after}"
+    return page
