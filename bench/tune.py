@@ -19,7 +19,7 @@ from prunevit import shapes
 from prunevit.models.vit import PrunedViT
 from prunevit.runtime import Runtime
 from prunevit.runtime.engine import PackedPlan, Program
-from prunevit.runtime.plan import Plan, View
+from prunevit.runtime.plan import Plan
 from prunevit_kernels import Target
 from prunevit_kernels._launch import TritonOp
 from prunevit_kernels.tune import tune
@@ -29,16 +29,11 @@ from prunevit_kernels.tuning import Tuning
 def bound_ops(plan: Plan, target: Target, images: Tensor) -> list[tuple[TritonOp[Any], list[Tensor]]]:
     """Every op that has tiles to choose, with buffers of one batch size. Random values: zeros would run faster."""
     packed = PackedPlan.of(plan, target)
-    program = Program(packed, target, len(images))
+    program = Program(packed, target, tuple(images.shape))
     for storage in program.storage.values():
         storage.normal_()
-
-    def buffer(view: View) -> Tensor:
-        ends = {"images": images, "out": program.out}
-        return ends[view.buffer] if view.buffer in ends else program.view(view)
-
-    steps = zip(plan.steps, packed.ops)
-    return [(op, [buffer(view) for view in step.views]) for step, op in steps if isinstance(op, TritonOp)]
+    every = zip(packed.ops, program.buffers(images))
+    return [(op, buffers) for op, buffers in every if isinstance(op, TritonOp)]
 
 
 def main(

@@ -1,10 +1,14 @@
-"""Buffers planned once for each input shape, and the steps bound to them."""
+"""Programs by input shape: a packed plan bound to memory, run step by step or replayed as one recording."""
 
 from __future__ import annotations
 
+import math
 import threading
+import time
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +16,13 @@ from torch import Tensor
 
 from prunevit_kernels import Launch, PackedOp, Rebindable, Target, fuse
 
+from .arena import Arena, Need
+from .graphs import Direct, Recorder
 from .plan import Plan, View
 
 ShapeKey = tuple[int, int, int]  # batch, image height, image width
+
+COLD_SECONDS = 1.0  # a request that prepares for longer than this says so
 
 
 @dataclass
@@ -30,103 +38,170 @@ class PackedPlan:
 
 
 class Program:
-    """A packed plan bound to buffers of one batch size. Not safe for two callers at once: the engine holds a lock.
+    """A packed plan bound to buffers of one input shape. Not safe for two callers at once: the engine holds a lock.
 
-    Only the first step touches memory that belongs to the caller; it is bound anew at each call, and what follows is
-    fixed.
+    Images are read where the caller has them, by a first step that is bound anew at each call; everything else is
+    fixed. With ``recorded``, images are copied into a buffer of the program's own, so that the first step is fixed too.
     """
 
-    def __init__(self, packed: PackedPlan, target: Target, batch: int) -> None:
-        self.packed, self.target, self.batch = packed, target, batch
+    def __init__(
+        self,
+        packed: PackedPlan,
+        target: Target,
+        image_shape: tuple[int, ...],
+        arena: Arena | None = None,
+        *,
+        recorded: bool = False,
+    ) -> None:
+        self.packed, self.target, self.batch = packed, target, image_shape[0]
         steps = packed.plan.steps
-        # a buffer made in inference mode could not be written outside
-        with torch.inference_mode(False):
-            self.storage = _allocate([view for step in steps for view in step.views], target, batch)
-            self.out = self._new_output()
-        after = zip(steps[1:], packed.ops[1:])
-        self.launches = [op.bind(*(self.view(v) for v in step.views)) for step, op in after]
-        self._run_rest = fuse(self.launches, target)
-        self._x = self.view(steps[0].views[1])
+        needs = _needs((view for step in steps for view in step.views), target, self.batch)
+        if recorded:
+            needs["images"] = Need(math.prod(image_shape), target.dtype)
+        self.storage = (arena or Arena(target.device)).take(needs)
+        self.images = self.storage["images"].view(image_shape) if recorded else None
+        self.out = self.view(packed.plan.output)
+        fixed = list(zip(steps, packed.ops))[0 if recorded else 1 :]
+        self.launches = [op.bind(*(self.view(view) for view in step.views)) for step, op in fixed]
+        self.run = fuse(self.launches, target)
+        self.calls = 0
+        self.replay: Launch | None = None
         self._first: Callable[[Tensor], Launch] | None = None
 
     def view(self, view: View) -> Tensor:
         """The window of a view on its buffer's memory."""
+        flat, b = self.storage[view.buffer], self.batch
+        if view.buffer == "images":
+            assert self.images is not None
+            return self.images
         if view.buffer == "out":
-            return self.out
-        flat = self.storage[view.buffer]
+            return flat.view(b, view.tokens, view.width) if view.tokens else flat.view(b, view.width)
         if view.width == 0:
-            return flat[: self.batch * view.tokens].view(self.batch, view.tokens)
+            return flat[: b * view.tokens].view(b, view.tokens)
         pitch = self.target.pitch(view.width)
-        window = flat[: self.batch * view.tokens * pitch].view(self.batch, view.tokens, pitch)[..., : view.width]
-        return window[:, : view.first]
+        return flat[: b * view.tokens * pitch].view(b, view.tokens, pitch)[:, : view.first, : view.width]
 
     def first(self, images: Tensor) -> Launch:
-        """The first step on these images, which the engine's door has checked."""
+        """The first step on these images, which the door has checked."""
         if self._first is None:
-            op = self.packed.ops[0]
-            self._first = op.rebindable(images, self._x) if isinstance(op, Rebindable) else self._bind_first
+            op, x = self.packed.ops[0], self.view(self.packed.plan.steps[0].views[1])
+            self._first = op.rebindable(images, x) if isinstance(op, Rebindable) else lambda images: op.bind(images, x)
         return self._first(images)
 
-    def _bind_first(self, images: Tensor) -> Launch:
-        return self.packed.ops[0].bind(images, self._x)
+    def every_launch(self, images: Tensor) -> list[Launch]:
+        """One launch a step, on these images."""
+        if self.images is None:
+            return [self.first(images), *self.launches]
+        self.images.copy_(images)
+        return self.launches
 
-    def _new_output(self) -> Tensor:
-        view = self.packed.plan.output
-        shape = (self.batch, view.tokens, view.width) if view.tokens else (self.batch, view.width)
-        return torch.empty(shape, dtype=self.target.dtype, device=self.target.device)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        self.first(images)()
-        self._run_rest()
-        return self.out.clone()
+    def buffers(self, images: Tensor) -> list[list[Tensor]]:
+        """What each step is bound to, when these images run."""
+        shown = images if self.images is None else self.images
+        return [
+            [shown if view.buffer == "images" else self.view(view) for view in step.views]
+            for step in self.packed.plan.steps
+        ]
 
 
-def _allocate(views: Sequence[View], target: Target, batch: int) -> dict[str, Tensor]:
-    """One flat buffer a name, as large as its largest view; zeros, so that what no one writes is defined."""
-    sizes: dict[str, int] = {}
+def _needs(views: Iterable[View], target: Target, batch: int) -> dict[str, Need]:
+    """One flat buffer a name, as large as its largest view. Rows have the target's pitch, but for the output's."""
+    needs: dict[str, Need] = {}
     for view in views:
-        if view.buffer not in ("images", "out"):
-            elements = view.tokens * (target.pitch(view.width) if view.width else 1)
-            sizes[view.buffer] = max(sizes.get(view.buffer, 0), batch * elements)
-    return {
-        name: torch.zeros(
-            size, dtype=torch.float32 if name.startswith("scores") else target.dtype, device=target.device
-        )
-        for name, size in sizes.items()
-    }
+        if view.buffer == "images":
+            continue
+        width = view.width if view.buffer == "out" else target.pitch(view.width)
+        tokens = max(view.tokens, 1) if view.buffer == "out" else view.tokens
+        size = batch * tokens * (width if view.width else 1)
+        before = needs.get(view.buffer)
+        dtype = torch.float32 if view.buffer.startswith("scores") else target.dtype
+        needs[view.buffer] = Need(max(size, before.size if before else 0), dtype)
+    return needs
 
 
 class Engine:
-    """Programs by input shape, in a bounded least-recently-used cache; weights are shared between them.
+    """Programs by input shape, in a bounded least-recently-used cache; weights and memory are shared between them.
 
-    Calls from several threads are safe: they take turns on the buffers, and each output belongs to its caller.
+    Calls from several threads, and on several streams, are safe: they take turns on the memory, and each output
+    belongs to its caller. The first call of a shape runs step by step, the second records, and from then on it is
+    replayed: a shape that comes once costs no recording.
     """
 
-    def __init__(self, make_plan: Callable[[tuple[int, int]], Plan], target: Target, max_programs: int = 8) -> None:
+    def __init__(
+        self,
+        make_plan: Callable[[tuple[int, int]], Plan],
+        target: Target,
+        max_programs: int = 8,
+        recorder: Recorder | None = None,
+    ) -> None:
         self.make_plan, self.target, self.max_programs = make_plan, target, max_programs
+        self.recorder: Recorder = recorder or Direct()
+        self.arena = Arena(target.device)
         self.packed: OrderedDict[tuple[int, int], PackedPlan] = OrderedDict()
         self.programs: OrderedDict[ShapeKey, Program] = OrderedDict()
         self.lock = threading.Lock()
 
-    def program(self, key: ShapeKey) -> Program:
-        """The program for an input shape, made now if need be. The caller holds the lock."""
+    def __call__(self, images: Tensor) -> Tensor:
+        with self.turn():
+            return self.run(self._requested(images), images)
+
+    def warm(self, images: Tensor) -> None:
+        """Prepare for images of this shape: pack, bind, compile, and record where the device records."""
+        with self.turn():
+            program = self.program(images)
+            for _ in range(3 if self.recorder.records else 1):  # step by step, recorded, and replayed
+                self.run(program, images)
+        self.recorder.settle()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within, the engine's memory is the caller's alone."""
+        with self.lock, self.recorder.turn():
+            yield
+
+    def run(self, program: Program, images: Tensor) -> Tensor:
+        """One call, within a turn."""
+        if program.images is None:
+            program.first(images)()
+        else:
+            program.images.copy_(images)
+            if program.replay is None and program.calls:
+                program.replay = self.recorder.record(program.run)
+        (program.replay or program.run)()
+        program.calls += 1
+        return program.out.clone()
+
+    def program(self, images: Tensor) -> Program:
+        """The program for images of this shape, made now if need be. Within a turn."""
+        batch, _, *size = images.shape
+        key, img_size = (batch, size[0], size[1]), (size[0], size[1])
         if key in self.programs:
             self.programs.move_to_end(key)
             return self.programs[key]
-        batch, *size = key
-        img_size = (size[0], size[1])
+        if len(self.programs) >= self.max_programs:
+            self.recorder.settle()
+        while len(self.programs) >= self.max_programs:
+            self.programs.popitem(last=False)
         if img_size not in self.packed:
             self.packed[img_size] = PackedPlan.of(self.make_plan(img_size), self.target)
-        program = Program(self.packed[img_size], self.target, batch)
+        shape, recorded = tuple(images.shape), self.recorder.records
+        program = Program(self.packed[img_size], self.target, shape, self.arena, recorded=recorded)
         self.programs[key] = program
-        while len(self.programs) > self.max_programs:
-            self.programs.popitem(last=False)
-        alive = {key[1:] for key in self.programs}
-        for size_ in [s for s in self.packed if s not in alive]:
-            del self.packed[size_]
+        alive = {known[1:] for known in self.programs}
+        for stale in [known for known in self.packed if known not in alive]:
+            del self.packed[stale]
         return program
 
-    def __call__(self, images: Tensor) -> Tensor:
-        with self.lock:
-            program = self.program((images.shape[0], images.shape[2], images.shape[3]))
-            return program(images)
+    def _requested(self, images: Tensor) -> Program:
+        start = time.perf_counter()
+        program = self.program(images)
+        seconds = time.perf_counter() - start
+        if self.recorder.records and seconds > COLD_SECONDS:
+            shape = " × ".join(map(str, images.shape))
+            warnings.warn(
+                f"this call spent {seconds:.1f} s packing and compiling for images of {shape}: call "
+                f"warmup({images.shape[0]}) beforehand to keep that out of requests",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return program

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -176,13 +176,13 @@ def explain(runtime: Runtime, batch: int = 1, rounds: int = 20, img_size: tuple[
     images = runtime._door.admit(images.to(target.device))
     probe = PeakProbe(target)
     # whatever else calls the runtime waits: its turn would be counted as a step's time
-    with engine.lock:
-        program = engine.program((batch, images.shape[2], images.shape[3]))
-        launches = [program.first(images), *program.launches]
-        call_ms, step_ms = _measure(program, launches, images, target, rounds, probe)
+    with engine.turn():
+        program = engine.program(images)
+        launches = program.every_launch(images)
+        call_ms, step_ms = _measure(lambda: engine.run(program, images), launches, target, rounds, probe)
         peaks = probe.result()
         steps = program.packed.plan.steps
-        buffers = [_buffers(program, step, images) for step in steps]
+        buffers = program.buffers(images)
         reports = [
             _report(step, program.packed.ops[i], buffers[i], ms, batch, target, peaks)
             for i, (step, ms) in enumerate(zip(steps, step_ms))
@@ -208,11 +208,6 @@ def explain(runtime: Runtime, batch: int = 1, rounds: int = 20, img_size: tuple[
     )
 
 
-def _buffers(program: Program, step: Step, images: Tensor) -> list[Tensor]:
-    ends = {"images": images, "out": program.out}
-    return [ends[view.buffer] if view.buffer in ends else program.view(view) for view in step.views]
-
-
 def _largest_views(program: Program, steps: Sequence[Step]) -> int:
     """Bytes that the buffers would have without pitches."""
     sizes: dict[str, int] = {}
@@ -224,19 +219,19 @@ def _largest_views(program: Program, steps: Sequence[Step]) -> int:
 
 
 def _measure(
-    program: Program, launches: list[Launch], images: Tensor, target: Target, rounds: int, probe: PeakProbe
+    call: Callable[[], Tensor], launches: list[Launch], target: Target, rounds: int, probe: PeakProbe
 ) -> tuple[float, list[float]]:
     """The median time of a whole call, and of each step in its place among the others, in ms."""
     timed = _stopwatch(launches, target)
     for _ in range(2):
-        program(images)
+        call()
         timed()
     calls, steps = [], []
     for _ in range(rounds):
         probe.sample()
-        program(images)  # what follows the probe finds cold caches: that is not what is asked
+        call()  # what follows the probe finds cold caches: that is not what is asked
         start = time.perf_counter()
-        program(images)
+        call()
         if target.device.type == "cuda":
             torch.cuda.synchronize(target.device)
         calls.append(1e3 * (time.perf_counter() - start))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +21,7 @@ from ..spec import ViTSpec
 from .backend import choose_target
 from .door import Door
 from .engine import Engine
+from .graphs import recorder_for
 from .plan import Plan, make_plan
 from .predict import Prediction, Predictor
 
@@ -34,8 +35,8 @@ class Runtime:
     ``device``: cuda where there is one, else cpu. ``dtype``: bf16 or fp16 on a GPU (bf16), fp32 on a CPU. ``backend``:
     ``auto``, ``cuda`` (Triton and CUDA), ``cpu`` (C++) or ``torch`` (the reference ops, any device and dtype).
     ``threads``: of the cpu backend, all cores by default. ``check_nan``: refuse images with NaN or infinity; on by
-    default on a CPU, off on a GPU, where looking costs a synchronisation. ``max_programs``: how many input shapes keep
-    their buffers.
+    default on a CPU, off on a GPU, where looking costs a synchronisation. ``max_programs``: how many input shapes stay
+    prepared. ``cuda_graphs``: on a GPU, replay each shape as one graph from its second call on.
 
     The weights are copied and laid out here: later changes to the model do not reach the runtime. Calls from several
     threads are safe.
@@ -53,6 +54,7 @@ class Runtime:
         threads: int | None = None,
         check_nan: bool | None = None,
         max_programs: int = 8,
+        cuda_graphs: bool = True,
     ) -> None:
         source = _as_pruned(model)
         self.spec = source.spec
@@ -63,7 +65,7 @@ class Runtime:
         self._attn_pool = getattr(source, "attn_pool", None)
         self.name, self.dense_spec = _name_of(model, source), _dense_spec(source)
         self._door = Door(self.spec, self.target.device, self.target.dtype)
-        self._engine = Engine(self._make_plan, self.target, max_programs)
+        self._engine = Engine(self._make_plan, self.target, max_programs, recorder_for(self.target, cuda_graphs))
         self._predictor = Predictor(source.pretrained_cfg, self.spec)
 
     def _make_plan(self, img_size: tuple[int, int]) -> Plan:
@@ -113,11 +115,17 @@ class Runtime:
         batch = self._predictor.prepare(images)
         return self._predictor.top(self(batch.to(self.device)), top_k)
 
-    def warmup(self, batch: int = 1, img_size: tuple[int, int] | None = None) -> Runtime:
-        """Pack, plan and run once for a batch size, so that the first real call is as fast as the next."""
-        expect(batch >= 1, InputError, "a batch of at least one image", got=batch)
+    def warmup(self, batch: int | Iterable[int] = 1, img_size: tuple[int, int] | None = None) -> Runtime:
+        """Pack, plan, compile and record for one batch size or several, so that no request has to.
+
+        Several are prepared largest first: the others then share its memory.
+        """
+        batches = [batch] if isinstance(batch, int) else sorted(set(batch), reverse=True)
+        expect(all(size >= 1 for size in batches), InputError, "batches of at least one image", got=batches)
         height, width = img_size or self.spec.img_size
-        self(torch.zeros(batch, self.spec.in_chans, height, width, device=self.device))
+        for size in batches:
+            images = torch.zeros(size, self.spec.in_chans, height, width, device=self.device)
+            self._engine.warm(self._door.admit(images))
         return self
 
     def explain(self, batch: int = 1, rounds: int = 20, img_size: tuple[int, int] | None = None) -> Explanation:

@@ -1,0 +1,121 @@
+"""What a device adds to launching one step after another: turns on a stream, and launches recorded to be replayed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+import torch
+
+from prunevit_kernels import Launch, Target
+
+from ..errors import InputError, expect
+
+
+class Recorder(Protocol):
+    """The engine's view of a device. The engine holds its lock around every call."""
+
+    @property
+    def records(self) -> bool:
+        """Whether launches are recorded; then all of a program's memory is its own, its inputs too."""
+        ...
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Within, whatever is launched runs after what earlier turns launched, on whichever stream."""
+        ...
+
+    def record(self, run: Launch) -> Launch:
+        """``run`` as one launch. It has run before; it is not run now."""
+        ...
+
+    def settle(self) -> None:
+        """Return when everything that earlier turns launched has ended: only then may its memory go."""
+        ...
+
+
+class Direct:
+    """On a CPU: what was launched has ended."""
+
+    records = False
+
+    def turn(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def record(self, run: Launch) -> Launch:
+        return run
+
+    def settle(self) -> None:
+        pass
+
+
+class OnStreams:
+    """On a GPU, launched step by step."""
+
+    records = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Each turn waits, on the GPU, for the one before; callers do not wait for one another there."""
+        with torch.cuda.device(self.device):
+            expect(
+                not torch.cuda.is_current_stream_capturing(),
+                InputError,
+                "no CUDA graph capture on the current stream: the runtime replays graphs of its own",
+                got="a capture",
+            )
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._done)
+            try:
+                yield
+            finally:
+                self._done.record(stream)
+
+    def record(self, run: Launch) -> Launch:
+        return run
+
+    def settle(self) -> None:
+        self._done.synchronize()
+
+
+# two captures at once would both register with PyTorch's one random generator of a device
+_capturing = threading.Lock()
+
+
+class CudaGraphs(OnStreams):
+    """On a GPU, a CUDA graph a program. The graphs share a memory pool: they take turns, and leave nothing in it."""
+
+    records = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, run: Launch) -> Launch:
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        with _capturing, torch.cuda.stream(self._stream):
+            # thread_local: what other threads of this process do meanwhile is no part of it
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._stream)
+        return graph.replay
+
+
+def recorder_for(target: Target, cuda_graphs: bool) -> Recorder:
+    """The recorder of a target: CUDA graphs for the cuda backend, unless they are not wanted."""
+    if target.device.type != "cuda":
+        return Direct()
+    # the reference ops are not made for capture: they may synchronise
+    return CudaGraphs(target.device) if cuda_graphs and target.backend == "cuda" else OnStreams(target.device)
