@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from images import Batches, Images
 from journal import Cell, Journal
-from measure import accuracy, agreement, costs, map_error
+from measure import Reversed, accuracy, agreement, costs, map_error
 from methods import ALL, FOR_AUTO, MAIN, METHODS, UNTRAINED, Lab
 from setting import Setting
 from train import recover_for, train_dense
 
 import prunevit
+import prunevit.pruning
 from prunevit.errors import BudgetError
 from prunevit.models import PrunedViT
 
 #: scores by the kinds of unit that they are compared on, one kind at a time
 SCORES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(ALL, ("snp", "magnitude", "taylor", "random")),
+    **dict.fromkeys(ALL, ("snp", "snp, reversed", "magnitude", "taylor", "random")),
     "head": ("gohsp, central", "gohsp, peripheral", "magnitude", "taylor", "random"),
 }
 
@@ -28,7 +29,6 @@ SCORES: dict[str, tuple[str, ...]] = {
 def cells(s: Setting) -> Iterator[Cell]:
     """Every cell, the most wanted first."""
     yield {"stage": "dense", "seed": 0}
-    yield from ({"stage": "recovered", "method": m, "budget": s.main, "seed": 0} for m in ("dense", *MAIN))
     for method in UNTRAINED:
         for budget in s.cuts:
             for seed in range(s.seeds if method == "random" else 1):
@@ -41,14 +41,20 @@ def cells(s: Setting) -> Iterator[Cell]:
     for kind in ALL:
         for other in ("magnitude", "taylor"):
             yield {"stage": "agreement", "kind": kind, "scores": ["snp", other], "seed": 0}
-    yield from ({"stage": "recovered", "method": m, "budget": s.main, "seed": 0} for m in FOR_AUTO)
-    for budget in s.others:
-        yield from ({"stage": "recovered", "method": m, "budget": budget, "seed": 0} for m in MAIN)
-    for seed in range(1, s.seeds):
-        yield from ({"stage": "recovered", "method": m, "budget": s.main, "seed": seed} for m in ("dense", *MAIN))
-    for budget in s.others:
-        yield from ({"stage": "recovered", "method": m, "budget": budget, "seed": 0} for m in FOR_AUTO)
+
+    def recovered(methods: Iterable[str], budget: float, seed: int) -> Iterator[Cell]:
+        return ({"stage": "recovered", "method": m, "budget": budget, "seed": seed} for m in methods)
+
+    yield from recovered(("dense", *MAIN), s.main, 0)
+    yield from recovered(("gohsp, by params",), s.claimed_params, 0)
+    yield from recovered(FOR_AUTO, s.main, 0)
     yield {"stage": "small", "seed": 0}
+    for budget in s.others:
+        yield from recovered(MAIN, budget, 0)
+    for seed in range(1, s.seeds):
+        yield from recovered(("dense", *MAIN), s.main, seed)
+    for budget in s.others:
+        yield from recovered(FOR_AUTO, budget, 0)
 
 
 class Grid:
@@ -105,12 +111,13 @@ class Grid:
 
     def _one_kind(self, cell: Cell) -> dict[str, Any]:
         lab, seed = self._lab(), cell["seed"]
-        name, _, keep = cell["score"].partition(", ")
-        options = {"keep": keep} if keep else {}
-        model = prunevit.prune(
+        name, _, variant = cell["score"].partition(", ")
+        options = {"keep": variant} if name == "gohsp" else {}
+        model = prunevit.pruning.prune(
             lab.dense,
-            name,
-            data=lab.shown(seed),
+            Reversed() if variant == "reversed" else name,
+            None,
+            lab.shown(seed),
             seed=seed,
             groups=(cell["kind"],),
             pruning_ratio=cell["ratio"],

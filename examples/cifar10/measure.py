@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from images import Batches, Images
@@ -62,6 +62,17 @@ def map_error(model: PrunedViT, dense: PrunedViT, images: Tensor) -> float:
     """‖A′ − A‖ / ‖A‖ of each layer's attention, averaged over layers. All heads are there in both."""
     pairs = zip(attention_maps(model, images), attention_maps(dense, images))
     return float(torch.stack([(ours - theirs).norm() / theirs.norm() for ours, theirs in pairs]).mean())
+
+
+class Reversed(Scorer):
+    """SNP's ranking upside down: what tells a score that is worth nothing from one that is worth less than that."""
+
+    supports: ClassVar = METHODS["snp"].supports  # type: ignore[attr-defined]
+
+    def score(self, model: PrunedViT, groups: Any, data: Any, seed: int) -> dict[Any, Tensor]:
+        scorer = METHODS["snp"]()
+        assert isinstance(scorer, Scorer)
+        return {group: -score for group, score in scorer.score(model, groups, data, seed).items()}
 
 
 def agreement(lab: Lab, kind: Any, one: str, other: str, seed: int) -> float:

@@ -53,8 +53,8 @@ class Cut:
 Method = Callable[[Lab, float, int], Cut]
 
 
-def _prune(lab: Lab, name: str, budget: float, seed: int, **options: Any) -> PrunedViT:
-    constraints = {"macs": f"{100 * budget:g}%"}
+def _prune(lab: Lab, name: str, budget: float, seed: int, unit: str = "macs", **options: Any) -> PrunedViT:
+    constraints = {unit: f"{100 * budget:g}%"}
     return prunevit.prune(lab.dense, name, constraints, lab.shown(seed), seed=seed, **options)
 
 
@@ -62,13 +62,17 @@ def _scored(name: str, **options: Any) -> Method:
     return lambda lab, budget, seed: Cut(_prune(lab, name, budget, seed, **options))
 
 
-def _gohsp(lab: Lab, budget: float, seed: int) -> Cut:
+def _gohsp(unit: str) -> Method:
     """Soft stages, then the cut. Ranks across layers, so that layers differ in what they keep."""
-    s = lab.setting
-    train = lab.steps(s.gohsp_stage_steps, seed)
-    options = {"stages": s.gohsp_stages, "rho": s.gohsp_rho, "recipe": recovery(s)}
-    model = _prune(lab, "gohsp", budget, seed, isomorphic=True, train=train, **options)
-    return Cut(model, s.gohsp_stages * s.gohsp_stage_steps)
+
+    def method(lab: Lab, budget: float, seed: int) -> Cut:
+        s = lab.setting
+        train = lab.steps(s.gohsp_stage_steps, seed)
+        options = {"stages": s.gohsp_stages, "rho": s.gohsp_rho, "recipe": recovery(s)}
+        model = _prune(lab, "gohsp", budget, seed, unit, isomorphic=True, train=train, **options)
+        return Cut(model, s.gohsp_stages * s.gohsp_stage_steps)
+
+    return method
 
 
 def _uniform_in_rounds(lab: Lab, budget: float, seed: int) -> Cut:
@@ -80,18 +84,18 @@ def _uniform_in_rounds(lab: Lab, budget: float, seed: int) -> Cut:
     return Cut(model, s.rounds * (s.steps // s.rounds))
 
 
-def _auto(steps: int) -> Callable[[Lab, float, int], Cut]:
+def _auto(in_rounds: bool) -> Method:
     def method(lab: Lab, budget: float, seed: int) -> Cut:
         s = lab.setting
-        name = f"auto-{100 * budget:g}-{seed}{'-tuned' if steps else ''}"
+        name = f"auto-{100 * budget:g}-{seed}{'-tuned' if in_rounds else ''}"
         journal = lab.searches / f"{name}.jsonl"
         options: dict[str, Any] = {"scorer": "snp", "tau": s.auto_tau, "journal": journal, "on_probe": _show}
-        if steps:
+        if in_rounds:
             options |= {"train": lab.steps(s.auto_round_steps, seed), "finetune_epochs": 1, "recipe": recovery(s)}
         held_out = list(Batches(lab.validation.first(s.auto_images), s.batch))
         model = _prune(lab, "auto", budget, seed, validation=held_out, **options)
         rounds = sum(probe.committed for probe in read_journal(journal)[1])
-        return Cut(model, steps * rounds * s.auto_round_steps)
+        return Cut(model, rounds * s.auto_round_steps if in_rounds else 0)
 
     return method
 
@@ -105,13 +109,14 @@ METHODS: dict[str, Method] = {
     "magnitude": _scored("magnitude", groups=ALL),
     "taylor": _scored("taylor", groups=ALL),
     "random": _scored("random", groups=ALL),
-    "gohsp": _gohsp,
+    "gohsp": _gohsp("macs"),
     "cp-vit": _scored("cp-vit"),
-    "auto": _auto(0),
+    "auto": _auto(in_rounds=False),
     "snp, inner": _scored("snp", groups=INNER),
     "gohsp, ranking alone": _scored("gohsp", isomorphic=True),
-    "auto, in rounds": _auto(1),
+    "auto, in rounds": _auto(in_rounds=True),
     "snp, inner, in rounds": _uniform_in_rounds,
+    "gohsp, by params": _gohsp("params"),
 }
 
 #: recovered at the main point by every seed, and at the other budgets

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from grid import cells
+from page import fill
 from picture import draw
 from setting import Setting
-from tables import Results, fill
+from tables import Results
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results" / "results.json"

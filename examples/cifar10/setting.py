@@ -36,6 +36,7 @@ class Setting:
     # the grid
     main: float = 0.5  # of the dense MACs
     others: tuple[float, ...] = (0.7, 0.35)
+    claimed_params: float = 0.6  # of the dense parameters: GOHSP's claim on CIFAR-10
     cuts: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.35)
     ratios: tuple[float, ...] = (0.25, 0.5, 0.75)  # of one kind of unit that goes
     seeds: int = 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -155,24 +155,25 @@ def auto(r: Results) -> str:
         ("recovered", "auto, in rounds", "cp-vit"),
     ]
     for stage, ours, rival in compared:
-        curve = [(1.0, a) for a in (_dense_accuracy(r) if stage == "cut" else r.recovered("dense", s["main"])[:1])]
-        reached = [c["facts"] for c in r.find(stage=stage, method=rival, seed=0) if "accuracy" in c["facts"]]
-        curve += [(facts["macs_share"], facts["accuracy"]) for facts in reached]
+        curve = curve_of(r, stage, rival)
         row = []
         for share in shares:
             cells = [
                 c["facts"] for c in r.find(stage=stage, method=ours, budget=share, seed=0) if "accuracy" in c["facts"]
             ]
-            row.append(_equal(cells[0], curve) if cells and len(curve) > 1 else NOT_RUN)
+            row.append(equal_accuracy(cells[0], curve) if cells and len(curve) > 1 else NOT_RUN)
         rows.append([f"{ours}, {stage}", rival, *row])
     return table(("", "against", *(f"auto at {share:.0%}" for share in shares)), rows)
 
 
-def _dense_accuracy(r: Results) -> list[float]:
-    return r.values("accuracy", stage="dense")
+def curve_of(r: Results, stage: str, method: str) -> list[tuple[float, float]]:
+    """(MACs, accuracy) of a method's cells, and of the dense model that they are cut from or compared with."""
+    dense = r.values("accuracy", stage="dense") if stage == "cut" else r.recovered("dense", r.setting["main"])[:1]
+    cells = [c["facts"] for c in r.find(stage=stage, method=method, seed=0) if "accuracy" in c["facts"]]
+    return [(1.0, a) for a in dense] + [(facts["macs_share"], facts["accuracy"]) for facts in cells]
 
 
-def _equal(facts: dict[str, float], curve: list[tuple[float, float]]) -> str:
+def equal_accuracy(facts: dict[str, float], curve: list[tuple[float, float]]) -> str:
     """auto's MACs as a share of what the rival needs for the same accuracy."""
     needed = macs_at(facts["accuracy"], curve)
     if needed is None:
@@ -226,27 +227,3 @@ def _brief(missing: list[dict[str, Any]]) -> list[str]:
         *where, last = [f"{value:.0%}" if isinstance(value, float) else str(value) for value in cell.values()]
         groups.setdefault(" ".join(where), []).append(last)
     return [f"{where} (seed {', '.join(seeds)})" for where, seeds in groups.items()]
-
-
-TABLES: dict[str, Callable[[Results], str]] = {
-    "cifar10-setup": setup,
-    "cifar10-main": main_point,
-    "cifar10-budgets": budgets,
-    "cifar10-cut": untrained,
-    "cifar10-kinds": one_kind,
-    "cifar10-maps": maps,
-    "cifar10-agreement": agreement,
-    "cifar10-auto": auto,
-}
-
-
-def fill(page: str, results: Results) -> str:
-    """A page with each table between its markers made anew."""
-    for name, render in TABLES.items():
-        start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
-        if start not in page:
-            continue
-        before, rest = page.split(start, 1)
-        _, after = rest.split(end, 1)
-        page = f"{before}{start}{render(results)}\n{end}{after}"
-    return page
