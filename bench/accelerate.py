@@ -1,18 +1,21 @@
 """What accelerate gains over the same model in eager PyTorch, on this machine's CPU.
 
-    python bench/accelerate.py --batch 1,8 --threads 2
+    python bench/accelerate.py --batch 1,8 --threads 1,2
 
-All run in one process, as they do in a user's, in turns; each time is the best of the rounds. On a machine that others
-use, ``--clock cpu --threads 1`` counts the processor's time instead of the wall's. ``contents`` and ``versions`` are
-accelerate's two ways to know that weights are unchanged, ``repack`` is the first call after a change, and ``runtime``
-is prunevit.Runtime.
+Each way to run a model has a process of its own; they take turns, and what is quoted is the median over rounds of the
+ratios within a round. ``contents`` and ``versions`` are accelerate's two ways to know that weights are unchanged,
+``blocks`` is contents with a hook on the final norm, so that the model runs block by block, ``repack`` is a first call
+after a change, ``compiled`` is the contents model in torch.compile, and ``runtime`` is prunevit.Runtime.
 """
 
 from __future__ import annotations
 
-import copy
+import json
+import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import timm
@@ -21,60 +24,92 @@ import typer
 
 from prunevit import PrunedViT, Runtime, shapes
 from prunevit._machine import machine
+from prunevit.benchmark.interleaved import Peer, run_interleaved, speedup
 from prunevit.nn import accelerate
 from prunevit_kernels.library import packs
 
-
-def eager_models() -> dict[str, Any]:
-    torch.manual_seed(0)
-    return {
-        "deit_small_patch16_224 (timm)": timm.create_model("deit_small_patch16_224").eval(),
-        "snp_deit_small (PrunedViT)": PrunedViT(shapes.get("snp_deit_small")).eval(),
-    }
+IMPLS = ("eager", "contents", "versions", "blocks", "repack", "compiled", "runtime")
+QUICK = ("eager", "contents", "versions", "blocks", "runtime")
+MODELS = ("deit_small_patch16_224", "snp_deit_small")
 
 
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+def eager_model(name: str) -> Any:
+    if name in shapes.names():
+        return PrunedViT(shapes.get(name)).eval()
+    return timm.create_model(name).eval()
 
 
-def seconds(model: Any, images: torch.Tensor, clock: Callable[[], float]) -> float:
-    start = clock()
-    model(images)
-    return clock() - start
+def build(impl: str, name: str, batch: int, threads: int) -> Callable[[], object]:
+    """A call of the model, the way that ``impl`` says."""
+    model, images = eager_model(name), torch.randn(batch, 3, 224, 224)
+    if impl == "runtime":
+        model = Runtime(model, device="cpu", backend="cpu", threads=threads)
+    elif impl != "eager":
+        accelerate(model, check="versions" if impl == "versions" else "contents")
+    if impl == "blocks":
+        model.norm.register_forward_hook(lambda *_: None)
+    if impl == "compiled":
+        model = torch.compile(model, fullgraph=True)
+    if impl != "repack":
+        return lambda: model(images)
+
+    def first_call() -> None:
+        packs.clear()
+        model(images)
+
+    return first_call
 
 
 @torch.inference_mode()
-def measure(eager: Any, batch: int, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    images = torch.randn(batch, 3, 224, 224)
-    contents, versions = (accelerate(copy.deepcopy(eager), check=check) for check in ("contents", "versions"))  # type: ignore[arg-type]
-    runtime = Runtime(eager, device="cpu", backend="cpu", threads=torch.get_num_threads())
-    impls = {"eager": eager, "contents": contents, "versions": versions, "runtime": runtime}
-    for model in impls.values():
-        model(images)
-    times: dict[str, list[float]] = {name: [] for name in impls}
-    for _ in range(rounds):
-        for name, model in impls.items():
-            times[name].append(seconds(model, images, clock))
-    best = {name: 1e3 * min(taken) for name, taken in times.items()}
-    packs.clear()
-    repack = seconds(contents, images, clock)
-    row = {f"{name}_ms": ms for name, ms in best.items()}
-    row |= {f"eager_over_{name}": best["eager"] / best[name] for name in ("contents", "versions", "runtime")}
-    return row | {"repack_ms": 1e3 * repack}
+def worker(job: dict[str, Any]) -> None:
+    """For each line of seconds, answer with the milliseconds of as many calls."""
+    torch.set_num_threads(job["threads"])
+    torch.manual_seed(0)
+    run = build(job["impl"], job["model"], job["batch"], job["threads"])
+    run()
+    run()
+    print(json.dumps({"built": job["impl"]}), flush=True)
+    for line in sys.stdin:
+        until, times = time.perf_counter() + float(line), list[float]()
+        run()  # a process that was stopped finds cold caches
+        while len(times) < 3 or time.perf_counter() < until:
+            start = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - start) * 1e3)
+        print(json.dumps({"ms": times}), flush=True)
 
 
 def main(
+    model: Annotated[str, typer.Option(help="Names of published shapes or of timm's models, with commas.")] = ",".join(
+        MODELS
+    ),
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8",
-    threads: Annotated[int, typer.Option(help="Threads of PyTorch and of the kernels.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Rounds of turns.")] = 15,
-    clock: Annotated[str, typer.Option(help="wall or cpu.")] = "wall",
+    threads: Annotated[str, typer.Option(help="Threads of PyTorch and of the kernels, with commas.")] = "1,2",
+    impls: Annotated[str, typer.Option(help=f"Among {', '.join(IMPLS)}, with commas.")] = ",".join(QUICK),
+    rounds: Annotated[int, typer.Option(help="Rounds of turns.")] = 9,
+    seconds: Annotated[float, typer.Option(help="How long a turn is.")] = 0.4,
 ) -> None:
-    torch.set_num_threads(threads)
-    print(machine())
-    for name, eager in eager_models().items():
-        for size in map(int, batch.split(",")):
-            row = measure(eager, size, rounds, CLOCKS[clock])
-            print(f"{name}, batch {size}:", ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
+    names = impls.split(",")
+    unknown = sorted(set(names) - set(IMPLS))
+    if unknown:
+        raise typer.BadParameter(f"expected implementations among {', '.join(IMPLS)}, got {', '.join(unknown)}")
+    print(json.dumps(machine()))
+    for which in model.split(","):
+        for count in map(int, threads.split(",")):
+            for size in map(int, batch.split(",")):
+                jobs = [Peer(name, {"model": which, "batch": size}, (str(Path(__file__).resolve()),)) for name in names]
+                run_interleaved(jobs, threads=count, rounds=rounds, seconds=seconds)
+                show(f"{which}, threads {count}, batch {size}", jobs)
+
+
+def show(title: str, peers: list[Peer]) -> None:
+    """Each one's median milliseconds, and how many times faster than the first it is."""
+    cells = [f"{p.name} {statistics.median(p.times):.1f} ms ({speedup(p, peers[0]):.2f}×)" for p in peers]
+    print(f"{title}: {', '.join(cells)}", flush=True)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+        worker(json.loads(sys.argv[1]))
+    else:
+        typer.run(main)

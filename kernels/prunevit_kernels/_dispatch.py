@@ -7,6 +7,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef  # type: ignore[attr-defined]  # torch documents it there
@@ -15,9 +16,13 @@ from ._expect import ContractError, expect
 from ._packs import Pack, PackCache, Weights
 from ._workspace import View, bound
 from .op import Op
-from .target import BackendName, Target
+from .target import BackendName, PackedOp, Target
 
 packs = PackCache()
+plain: dict[str, Callable[..., Any]] = {}
+
+# how an op finds its pack: the last two arguments of those that take weights
+HOW = 'str backend="auto", bool trust_versions=False'
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -42,7 +47,8 @@ def _target(backend: BackendName, device: torch.device, dtype: torch.dtype, thre
     return Target(backend, device, dtype, threads)  # one object for each: packs of one target share its thread pool
 
 
-def _target_of(x: Tensor, backend: str) -> Target:
+def target_of(x: Tensor, backend: str) -> Target:
+    """Where an op on x runs."""
     name: Any = kernel_backend(x.device, x.dtype) if backend == "auto" else backend
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     expect(not capturing, "no CUDA graph capture: a replay would not see that weights have changed", got="a capture")
@@ -62,7 +68,11 @@ def packed(
     for weight in weights:
         if weight is not None and weight.device != x.device:
             raise ContractError(f"expected weights on x's device ({x.device}), got {weight.device}")
-    return packs.get(kind, weights, _target_of(x, backend), make, trust_versions=trust_versions)
+
+    def lay_out(target: Target, *copies: Tensor | None) -> list[PackedOp]:
+        return [op.pack(target) for op in make(target, *copies)]
+
+    return packs.get(kind, weights, target_of(x, backend), lay_out, trust_versions=trust_versions)
 
 
 def run(pack: Pack, views: Sequence[View], steps: Sequence[Sequence[int]], inputs: dict[int, Tensor | None]) -> Any:
@@ -72,20 +82,35 @@ def run(pack: Pack, views: Sequence[View], steps: Sequence[Sequence[int]], input
         if tensor is None:
             windows[index].zero_()
         else:
-            windows[index].copy_(tensor)
+            copy_into(windows[index], tensor)
     launch()
     return windows
 
 
 def owned(window: Tensor) -> Tensor:
     """A copy that belongs to the caller."""
-    return window.clone(memory_format=torch.contiguous_format)
+    out = torch.empty(window.shape, dtype=window.dtype, device=window.device)
+    copy_into(out, window)
+    return out
+
+
+def copy_into(to: Tensor, source: Tensor) -> None:
+    """``to.copy_(source)``, on this thread alone.
+
+    On a CPU, PyTorch copies on all of its threads, which go on spinning for milliseconds afterwards, on the cores that
+    the kernels' own threads need next.
+    """
+    if to.device.type == "cpu" and to.dtype == source.dtype == torch.float32 and not source.is_neg():
+        np.copyto(to.detach().numpy(), source.detach().numpy())
+    else:
+        to.copy_(source)
 
 
 def register(schema: str, *, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Register a function as ``prunevit::`` its name."""
+    """Register a function as ``prunevit::`` its name; ``plain`` keeps it as it is."""
 
     def under_its_name(function: Callable[..., Any]) -> CustomOpDef:
+        plain[function.__name__] = function
         name = f"prunevit::{function.__name__}"
         # a captured CUDA graph would freeze the pack: inductor leaves the op out of its captures
         tags = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()

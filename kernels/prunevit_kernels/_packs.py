@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .op import Op
-from .target import PackedOp, Target
+from .target import Target
 
 Weights = tuple[Tensor | None, ...]
 
@@ -34,23 +33,67 @@ _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+# bytes that a thread of its own compares in a good deal more time than it takes to start
+_WORTH_A_THREAD = 2 << 20
+
+_Run = tuple[int, int, int]  # two addresses, and how many bytes from each
+
+
 def _dense(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
-def same_bytes(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
+def same_bytes(tensors: Sequence[Tensor], copies: Sequence[Tensor], threads: int = 1) -> bool:
     """Are all tensors, bit for bit, what their copies are? One synchronisation on a GPU."""
+    runs: list[_Run] = []
     elsewhere = []
     for tensor, copy in zip(tensors, copies):
         if tensor.shape != copy.shape or tensor.dtype != copy.dtype or tensor.device != copy.device:
             return False
         if _dense(tensor) and _dense(copy):
-            if _memcmp(tensor.data_ptr(), copy.data_ptr(), tensor.nbytes) != 0:
-                return False
+            runs.append((tensor.data_ptr(), copy.data_ptr(), copy.nbytes))
         else:
             bits = _BITS[tensor.element_size()]
             elsewhere.append((tensor.detach().view(bits) != copy.view(bits)).any())
-    return not elsewhere or not bool(torch.stack(elsewhere).any())
+    return _same_runs(runs, threads) and not (elsewhere and bool(torch.stack(elsewhere).any()))
+
+
+def _same_runs(runs: Sequence[_Run], threads: int) -> bool:
+    """One core reads memory at a part of the rate that two do. PyTorch's own threads would spin on afterwards."""
+    total = sum(size for _, _, size in runs)
+    threads = min(threads, total // _WORTH_A_THREAD)
+    if threads <= 1:
+        return all(_memcmp(*run) == 0 for run in runs)
+    differ: list[bool] = []
+
+    def compare(part: list[_Run]) -> None:
+        if any(_memcmp(*run) != 0 for run in part):
+            differ.append(True)
+
+    mine, *others = _parts(runs, -(-total // threads))
+    workers = [threading.Thread(target=compare, args=(part,)) for part in others]
+    for worker in workers:
+        worker.start()
+    compare(mine)
+    for worker in workers:
+        worker.join()
+    return not differ
+
+
+def _parts(runs: Sequence[_Run], limit: int) -> list[list[_Run]]:
+    """The runs, cut into parts of ``limit`` bytes."""
+    parts: list[list[_Run]] = [[]]
+    room = limit
+    for first, second, size in runs:
+        done = 0
+        while done < size:
+            if not room:
+                parts.append([])
+                room = limit
+            count = min(room, size - done)
+            parts[-1].append((first + done, second + done, count))
+            done, room = done + count, room - count
+    return parts
 
 
 class _OptimiserSteps:
@@ -73,9 +116,9 @@ optimiser_steps = _OptimiserSteps()
 
 
 class Pack:
-    """Ops packed from the tensors ``weights``, and how to tell whether those have changed since."""
+    """``value`` = ``make(target, *weights)``, and how to tell whether those weights have changed since."""
 
-    def __init__(self, weights: Weights, target: Target, make: Callable[..., Sequence[Op]], trust: bool) -> None:
+    def __init__(self, weights: Weights, target: Target, make: Callable[..., Any], trust: bool) -> None:
         self.target = target
         tensors = [w for w in weights if w is not None]
         if trust:
@@ -85,7 +128,7 @@ class Pack:
         self.held = [t.untyped_storage() for t in tensors] if self.stamps is not None else []
         with torch.inference_mode(False), torch.no_grad():
             copied = [None if w is None else w.detach().clone() for w in weights]
-            self.ops: list[PackedOp] = [op.pack(target) for op in make(target, *copied)]
+            self.value = make(target, *copied)
         self.copies = None if self.stamps is not None else [c for c in copied if c is not None]
         if target.device.type == "cuda":
             torch.cuda.synchronize(target.device)  # callers on other streams may use it at once
@@ -93,7 +136,7 @@ class Pack:
     def is_of(self, weights: Weights) -> bool:
         tensors = [w for w in weights if w is not None]
         if self.copies is not None:
-            return same_bytes(tensors, self.copies)
+            return same_bytes(tensors, self.copies, self.target.threads)
         return not any(t.is_inference() for t in tensors) and [_stamp(t) for t in tensors] == self.stamps
 
 
@@ -118,11 +161,11 @@ class PackCache:
         kind: Hashable,
         weights: Weights,
         target: Target,
-        make: Callable[..., Sequence[Op]],
+        make: Callable[..., Any],
         *,
         trust_versions: bool,
     ) -> Pack:
-        """The pack of ``make(target, *weights)``; ``kind`` has all that ``make`` depends on besides."""
+        """The pack whose ``make`` lays copies of the weights out; ``kind`` has all that it depends on besides."""
         key = (kind, target, trust_versions, *map(id, weights))
         entry = self._packs.get(key)
         if entry is not None and entry[0].is_of(weights):

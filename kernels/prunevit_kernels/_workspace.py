@@ -75,7 +75,7 @@ def bound(pack: Pack, views: Sequence[View], steps: Sequence[Sequence[int]]) -> 
     where = (target.device, target.dtype, stream)
     flats = [_memory(where, view, target) for view in views]
     windows = [_window(flat, view, target) for flat, view in zip(flats, views)]
-    launches = [op.bind(*(windows[i] for i in step)) for op, step in zip(pack.ops, steps, strict=True)]
+    launches = [op.bind(*(windows[i] for i in step)) for op, step in zip(pack.value, steps, strict=True)]
     for old in [k for k in programs if k[0] != _local.grown]:
         del programs[old]
     programs[(_local.grown, stream, *views)] = fuse(launches, target), windows

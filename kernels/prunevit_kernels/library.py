@@ -2,24 +2,24 @@
 
 ``norm_linear``, ``ragged_attention``, ``linear_residual`` and ``fused_mlp`` are the ops of this package, with their
 contracts (``ragged_attention`` takes rows packed with ``align``: 8 for the cuda backend, 1 for the others); the last
-two update x and return nothing. ``attention_sublayer`` and ``mlp_sublayer`` are the two halves of a transformer block,
-``attention`` and ``mlp`` the same without norm and residual; these four take a module's own tensors and do the folding.
+two update x and return nothing. ``block`` is a whole transformer block as one native call, ``attention_sublayer`` and
+``mlp_sublayer`` are its halves, ``attention`` and ``mlp`` the same without norm and residual; these five take a
+module's own tensors and do the folding.
 
 Every op takes the live weights and looks their pack up when it runs, so that no graph holds a pack: see ``_packs``,
 which says what ``trust_versions`` means. ``backend`` is ``auto`` or a backend's name. None of the ops has a gradient.
+``plain[name]`` is an op without the dispatcher, for callers who know that nobody traces, records or differentiates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
-from torch import Tensor, float32
+from torch import Tensor
 
-from ._dispatch import cpu_extension_built, kernel_backend, owned, packed, packs, register, run
-from ._fold import attention_ops, channels, mlp_op
-from ._packs import Weights
+from ._blocks import attention_sublayer, block, mlp_sublayer, packed_table, run_mlp
+from ._dispatch import HOW, cpu_extension_built, kernel_backend, owned, packed, packs, plain, register, run, target_of
+from ._fold import attention_ops, channels
 from ._workspace import View
 from .fused_mlp import Activation
 from .fused_mlp.reference import ACTIVATIONS
@@ -29,11 +29,11 @@ from .norm_linear import NormLinear
 from .op import Op
 from .ragged_attention import RaggedAttention
 from .target import Target
-from .token_scores import Rule, TokenScores
 
 __all__ = [
     "attention",
     "attention_sublayer",
+    "block",
     "cpu_extension_built",
     "fused_mlp",
     "kernel_backend",
@@ -42,17 +42,15 @@ __all__ = [
     "mlp_sublayer",
     "norm_linear",
     "packs",
+    "plain",
     "ragged_attention",
+    "target_of",
 ]
-
-_table = cache(lambda qk_dims, v_dims, align: HeadTable.packed(qk_dims, v_dims, align=align))
-
-_HOW = 'str backend="auto", bool trust_versions=False'
 
 # -- the ops of this package ------------------------------------------------------------------------------------------
 
 
-@register(f"(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? reads=None, {_HOW}) -> Tensor")
+@register(f"(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? reads=None, {HOW}) -> Tensor")
 def norm_linear(
     x: Tensor,
     weight: Tensor,
@@ -96,7 +94,7 @@ def _(qkv: Tensor, qk_dims: Sequence[int], v_dims: Sequence[int], align: int = 1
 
 
 @register(
-    f"(Tensor(a!) x, Tensor c, Tensor weight, Tensor? bias, Tensor? gamma=None, Tensor? writes=None, {_HOW}) -> ()",
+    f"(Tensor(a!) x, Tensor c, Tensor weight, Tensor? bias, Tensor? gamma=None, Tensor? writes=None, {HOW}) -> ()",
     mutates=("x",),
 )
 def linear_residual(
@@ -128,7 +126,7 @@ def _(*_: object, **__: object) -> None:
 
 @register(
     "(Tensor(a!) x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str act, float eps, Tensor? gamma=None, "
-    f"Tensor? reads=None, Tensor? writes=None, {_HOW}) -> ()",
+    f"Tensor? reads=None, Tensor? writes=None, {HOW}) -> ()",
     mutates=("x",),
 )
 def fused_mlp(
@@ -148,7 +146,7 @@ def fused_mlp(
     """x [B, N, E] += γ (act(LN(x) W1ᵀ + b1) W2ᵀ + b2); the norm has no affine part."""
     # without a norm's own weight and bias, the op is a sublayer that nothing is folded into
     weights = (None, None, w1, b1, w2, b2, gamma, reads, writes)
-    x.copy_(_run_mlp(x, weights, act, eps, backend, trust_versions))
+    x.copy_(run_mlp(x, weights, act, eps, backend, trust_versions))
 
 
 @fused_mlp.register_fake
@@ -156,110 +154,12 @@ def _(*_: object, **__: object) -> None:
     return None
 
 
-# -- the halves of a transformer block ---------------------------------------------------------------------------------
-
-_AFFINE = "Tensor? norm_weight, Tensor? norm_bias"
-_CHANNELS = "Tensor? gamma, Tensor? reads, Tensor? writes"
-
-
-@register(
-    f"(Tensor x, {_AFFINE}, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, {_CHANNELS}, "
-    f'int[] qk_dims, int[] v_dims, float scale, float eps, str rule="", {_HOW}) -> (Tensor, Tensor)'
-)
-def attention_sublayer(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    gamma: Tensor | None,
-    reads: Tensor | None,
-    writes: Tensor | None,
-    qk_dims: Sequence[int],
-    v_dims: Sequence[int],
-    scale: float,
-    eps: float,
-    rule: Rule | str = "",
-    backend: str = "auto",
-    trust_versions: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """x + γ proj(attention(qkv(norm(x)))) [B, N, E], and the tokens' scores [B, N] by ``rule`` ([0] without one)."""
-    weights = (
-        norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, reads, writes,
-    )  # fmt: skip
-    embed_dim, heads_key = x.shape[-1], (tuple(qk_dims), tuple(v_dims))
-
-    def make(target: Target, *tensors: Tensor | None) -> list[Op]:
-        qkv, attention, out = attention_ops(target, embed_dim, *heads_key, scale, eps, tensors)
-        scored: list[Op] = [TokenScores(attention.heads, rule)] if rule else []  # type: ignore[arg-type]
-        return [qkv, attention, *scored, out]
-
-    kind = ("attention_sublayer", embed_dim, *heads_key, scale, eps, rule)
-    pack = packed(kind, x, weights, backend, trust_versions, make)
-    rows, heads = (x.shape[0], x.shape[1]), _table(*heads_key, pack.target.alignment)
-    views: list[View] = [("x", *x.shape), ("qkv", *rows, heads.width), ("c", *rows, heads.out_width)]
-    if not rule:
-        windows = run(pack, views, [(0, 1), (1, 2), (2, 0)], {0: x})
-        return owned(windows[0]), x.new_empty(0, dtype=float32)
-    windows = run(pack, [*views, ("scores", *rows, 0)], [(0, 1), (1, 2), (1, 3), (2, 0)], {0: x})
-    return owned(windows[0]), owned(windows[3])
-
-
-@attention_sublayer.register_fake
-def _(x: Tensor, *args: Any, rule: str = "", **_: object) -> tuple[Tensor, Tensor]:
-    rule = args[13] if len(args) > 13 else rule
-    return x.new_empty(x.shape), x.new_empty(x.shape[:2] if rule else (0,), dtype=float32)
-
-
-@register(
-    f"(Tensor x, {_AFFINE}, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, {_CHANNELS}, "
-    f"str act, float eps, {_HOW}) -> Tensor"
-)
-def mlp_sublayer(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    gamma: Tensor | None,
-    reads: Tensor | None,
-    writes: Tensor | None,
-    act: Activation,
-    eps: float,
-    backend: str = "auto",
-    trust_versions: bool = False,
-) -> Tensor:
-    """x + γ fc2(act(fc1(norm(x)))) [B, N, E]."""
-    weights = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, reads, writes)
-    return owned(_run_mlp(x, weights, act, eps, backend, trust_versions))
-
-
-@mlp_sublayer.register_fake
-def _(x: Tensor, *_: object, **__: object) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _run_mlp(x: Tensor, weights: Weights, act: Activation, eps: float, backend: str, trust: bool) -> Tensor:
-    embed_dim = x.shape[-1]
-
-    def make(target: Target, *tensors: Tensor | None) -> list[Op]:
-        return [mlp_op(embed_dim, act, eps, tensors)]
-
-    pack = packed(("mlp_sublayer", embed_dim, act, eps), x, weights, backend, trust, make)
-    result: Tensor = run(pack, [("x", *x.shape)], [(0,)], {0: x})[0]
-    return result
-
-
 # -- attention and MLP alone -------------------------------------------------------------------------------------------
 
 
 @register(
     "(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, int[] qk_dims, "
-    f"int[] v_dims, float scale, {_HOW}) -> Tensor"
+    f"int[] v_dims, float scale, {HOW}) -> Tensor"
 )
 def attention(
     x: Tensor,
@@ -281,7 +181,7 @@ def attention(
         return list(attention_ops(target, out_dim, *heads_key, scale, None, (None, None, *tensors, None, None, None)))
 
     pack = packed(("attention", *heads_key, scale), x, weights, backend, trust_versions, make)
-    rows, heads = (x.shape[0], x.shape[1]), _table(*heads_key, pack.target.alignment)
+    rows, heads = (x.shape[0], x.shape[1]), packed_table(*heads_key, pack.target.alignment)
     widths = {"a": x.shape[2], "qkv": heads.width, "c": heads.out_width, "y": out_dim}
     views: list[View] = [(name, *rows, width) for name, width in widths.items()]
     # the kernels add to what is there: a linear map alone is one added to zeros
@@ -294,7 +194,7 @@ def _(x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, proj_weight: Tenso
 
 
 @register(
-    f"(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, str act, {_HOW}) -> Tensor"
+    f"(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, str act, {HOW}) -> Tensor"
 )
 def mlp(
     x: Tensor,

@@ -39,7 +39,7 @@ def from_timm(model: nn.Module) -> PrunedViT:
 
 def spec_of(model: nn.Module) -> ViTSpec:
     """The spec of a timm ``VisionTransformer``. Raises :class:`UnsupportedModel` naming the attribute."""
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+    if _kind_of(model) not in (VisionTransformer, VisionTransformerDistilled):
         raise UnsupportedModel(
             f"{type(model).__name__}: expected timm's VisionTransformer or VisionTransformerDistilled"
         )
@@ -175,8 +175,14 @@ def _attn_pool_of(pool: nn.Module, norms: _Norms) -> AttnPoolSpec:
 
 
 def _require(module: nn.Module, where: str, kind: type[nn.Module]) -> None:
-    if type(module) is not kind:
+    if _kind_of(module) is not kind:
         raise UnsupportedModel(f"{where} is {type(module).__name__}: expected {kind.__name__}")
+
+
+def _kind_of(module: nn.Module) -> type[nn.Module]:
+    """Its type, or what it was before ``prunevit.accelerate`` gave it another that computes the same."""
+    kind: type[nn.Module] = getattr(type(module), "runs_without", type(module))
+    return kind
 
 
 def _absent(module: nn.Module | None, where: str) -> None:

@@ -15,6 +15,7 @@ from ..models.block import RaggedAttention as EagerAttention
 from ._attention import AttentionOnKernels, RaggedAttention
 from ._block import EagerBlockOnKernels, RaggedBlock, TimmBlockOnKernels
 from ._mlp import FusedMlp, MlpOnKernels
+from ._model import MODELS, ModelOnKernels
 from ._module import Backend, Check, KernelModule, Options, with_kernels
 
 __all__ = ["FusedMlp", "KernelModule", "RaggedAttention", "RaggedBlock", "accelerate", "restore"]
@@ -28,6 +29,7 @@ _KERNEL_BACKED: dict[type[nn.Module], type[KernelModule]] = {
     TimmAttention: with_kernels(TimmAttention, AttentionOnKernels, "RaggedAttention"),
     EagerAttention: with_kernels(EagerAttention, AttentionOnKernels, "RaggedAttention"),
     Mlp: with_kernels(Mlp, MlpOnKernels, "FusedMlp"),
+    **{model: with_kernels(model, ModelOnKernels, model.__name__) for model in MODELS},
 }
 
 
@@ -48,6 +50,7 @@ def accelerate(model: Model, *, backend: Backend = "auto", check: Check = "conte
     options = Options(backend, check)
     restore(model)
     if not _swap(model, options):
+        restore(model)
         raise UnsupportedModel(
             f"{type(model).__name__}: expected a timm or prunevit transformer block, a timm Attention or a timm Mlp, "
             "found none"
@@ -61,7 +64,8 @@ def _swap(module: nn.Module, options: Options) -> int:
         module.__class__ = kernel_backed
     if isinstance(module, KernelModule):
         module.kernel_options = options
-        return 1  # its parts run inside it
+        if not isinstance(module, ModelOnKernels):
+            return 1  # its parts run inside it
     return sum(_swap(child, options) for child in module.children())
 
 

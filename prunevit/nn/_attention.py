@@ -57,8 +57,13 @@ def attention_refusal(attn: Any, name: str) -> str | None:
     if reason is not None:
         return reason
     qk_dims, v_dims, _ = heads_of(attn)
-    if max(qk_dims + v_dims) > MAX_HEAD_DIM:
-        return f"{name[:-1] or 'attention'} has a head wider than {MAX_HEAD_DIM}"
+    too_wide = max(*qk_dims, *v_dims) > MAX_HEAD_DIM
+    return f"{name[:-1] or 'attention'} has a head wider than {MAX_HEAD_DIM}" if too_wide else None
+
+
+def widths_refusal(attn: Any, name: str) -> str | None:
+    """Weights may change their shape without anything else that changes."""
+    qk_dims, v_dims, _ = heads_of(attn)
     fits = attn.qkv.weight.shape[0] == 2 * sum(qk_dims) + sum(v_dims) and attn.proj.weight.shape[1] == sum(v_dims)
     return None if fits else f"{name}qkv and {name}proj do not have the widths of the heads"
 
@@ -72,8 +77,11 @@ class AttentionOnKernels(KernelModule):
             return "it has no heads"
         if x.dim() != 3:
             return f"x has {x.dim()} dimensions"
-        reason = self._call_refusal(x, attn_mask, is_causal) or attention_refusal(self, "")
-        return reason or tensors_refusal(x, self._tensors())
+        reason = self._call_refusal(x, attn_mask, is_causal) or self._own_refusal()
+        return reason or widths_refusal(self, "") or tensors_refusal(x, self._tensors())
+
+    def _look(self) -> str | None:
+        return attention_refusal(self, "")
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         self_: Any = self

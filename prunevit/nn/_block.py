@@ -9,12 +9,14 @@ import torch
 from timm.layers import LayerNorm, LayerScale, Mlp
 from torch import Tensor, nn
 
+from prunevit_kernels.library import plain
+
 from ..models.block import Block as EagerBlock
 from ..models.block import _read, _write
 from ..spec import Act, BlockSpec
-from ._attention import ATTENTIONS, attention_refusal, heads_of, init_linears, one_block_spec
+from ._attention import ATTENTIONS, attention_refusal, heads_of, init_linears, one_block_spec, widths_refusal
 from ._mlp import act_of, mlp_refusal
-from ._module import PATH, KernelModule, Part, parts_refusal, tensors_refusal
+from ._module import PATH, KernelModule, Part, parts_refusal, tensors_refusal, untraced
 
 NORM = (nn.LayerNorm, LayerNorm)
 SCALE = (LayerScale, nn.Identity)
@@ -38,26 +40,36 @@ class BlockOnKernels(KernelModule):
     def refusal(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
         if x.dim() != 3:
             return f"x has {x.dim()} dimensions"
-        reason = self._call_refusal(x, attn_mask, is_causal)
+        reason = self._call_refusal(x, attn_mask, is_causal) or self._own_refusal()
         if reason is None and self._attends:
-            reason = self._half_refusal("1", x) or self._kind_refusal("attn", ATTENTIONS)
-            reason = reason or attention_refusal(self.attn, "attn.") or tensors_refusal(x, self._attention_tensors())
+            reason = self._width_refusal("1", x) or widths_refusal(self.attn, "attn.")
+            reason = reason or tensors_refusal(x, self._attention_tensors())
         if reason is None and self._has_mlp:
-            reason = self._half_refusal("2", x) or self._kind_refusal("mlp", MLP)
-            reason = reason or mlp_refusal(self.mlp, "mlp.") or tensors_refusal(x, self._mlp_tensors())
+            reason = self._width_refusal("2", x) or tensors_refusal(x, self._mlp_tensors())
+        return reason
+
+    def _look(self) -> str | None:
+        reason = None
+        if self._attends:
+            reason = self._half_refusal("1") or self._kind_refusal("attn", ATTENTIONS)
+            reason = reason or attention_refusal(self.attn, "attn.")
+        if reason is None and self._has_mlp:
+            reason = self._half_refusal("2") or self._kind_refusal("mlp", MLP)
+            reason = reason or mlp_refusal(self.mlp, "mlp.")
         return reason
 
     def _kind_refusal(self, name: str, types: tuple[type[nn.Module], ...]) -> str | None:
         return parts_refusal([Part(name, getattr(self, name), types)])
 
-    def _half_refusal(self, half: str, x: Tensor) -> str | None:
+    def _half_refusal(self, half: str) -> str | None:
         norm, scale, path = (getattr(self, name + half) for name in ("norm", "ls", "drop_path"))
-        reason = parts_refusal(
+        return parts_refusal(
             [Part(f"norm{half}", norm, NORM), Part(f"ls{half}", scale, SCALE), Part(f"drop_path{half}", path, PATH)]
         )
-        if reason is None and norm.normalized_shape != (x.shape[-1],):
-            return f"norm{half} is over {norm.normalized_shape}, and x is {x.shape[-1]} wide"
-        return reason
+
+    def _width_refusal(self, half: str, x: Tensor) -> str | None:
+        shape = getattr(self, "norm" + half).normalized_shape
+        return None if shape == (x.shape[-1],) else f"norm{half} is over {shape}, and x is {x.shape[-1]} wide"
 
     def _sublayer_tensors(self, half: str, first: Any, last: Any) -> tuple[Tensor | None, ...]:
         norm, scale = getattr(self, "norm" + half), getattr(self, "ls" + half)
@@ -95,6 +107,22 @@ class BlockOnKernels(KernelModule):
         out: Tensor = torch.ops.prunevit.mlp_sublayer(x, *self._mlp_tensors(), *channels, act, eps, *self._how)
         return out
 
+    def _whole(self, x: Tensor, rule: str = "") -> tuple[Tensor, Tensor]:
+        """Both halves as one call."""
+        block: Any = self
+        run = plain["block"] if untraced(x) else torch.ops.prunevit.block
+        out: tuple[Tensor, Tensor] = run(
+            x,
+            [*self._attention_tensors(), block.attn_reads, block.attn_writes],
+            [*self._mlp_tensors(), block.mlp_reads, block.mlp_writes],
+            *heads_of(block.attn),
+            act_of(block.mlp.act),
+            [block.norm1.eps, block.norm2.eps],
+            rule,
+            *self._how,
+        )
+        return out
+
 
 class TimmBlockOnKernels(BlockOnKernels):
     """timm's transformer block x [B, N, E] -> [B, N, E] on kernels."""
@@ -104,7 +132,7 @@ class TimmBlockOnKernels(BlockOnKernels):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         reason = self.refusal(x, attn_mask, is_causal)
         if reason is None:
-            return self._feed(self._attend(x)[0])
+            return self._whole(x)[0]
         self._tell(reason)
         return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc, no-any-return]
 
@@ -125,18 +153,20 @@ class EagerBlockOnKernels(BlockOnKernels):
         block: Any = self
         if block.select is not None and block.select.before == "attn":
             x, scores = block._select(x, scores)
+        select_between = block.select is not None and block.select.before == "mlp"
+        whole = self._attends and self._has_mlp and not select_between
         if self._attends:
-            x, latest = self._attend(x, block.rule or "")
+            x, latest = (self._whole if whole else self._attend)(x, block.rule or "")
             if block.rule is not None:
                 scores = scores + latest if block.cascade and scores is not None else latest
         elif block.attn is not None:
             y = block.ls1(block.attn(_read(block.norm1(x), block.attn_reads)))
             x = _write(x, block.drop_path1(y), block.attn_writes)
-        if block.select is not None and block.select.before == "mlp":
+        if select_between:
             x, scores = block._select(x, scores)
-        if self._has_mlp:
+        if self._has_mlp and not whole:
             x = self._feed(x)
-        elif block.mlp is not None:
+        elif block.mlp is not None and not whole:
             y = block.ls2(block.mlp(_read(block.norm2(x), block.mlp_reads)))
             x = _write(x, block.drop_path2(y), block.mlp_writes)
         return (x, scores) if block.selects else x

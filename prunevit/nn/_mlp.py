@@ -45,8 +45,11 @@ class MlpOnKernels(KernelModule):
     def refusal(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
         if x.dim() < 2:
             return f"x has {x.dim()} dimensions"
-        reason = self._call_refusal(x, attn_mask, is_causal) or mlp_refusal(self, "")
+        reason = self._call_refusal(x, attn_mask, is_causal) or self._own_refusal()
         return reason or tensors_refusal(x, self._tensors())
+
+    def _look(self) -> str | None:
+        return mlp_refusal(self, "")
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         self_: Any = self

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -18,6 +19,7 @@ from prunevit_kernels import BackendName
 from prunevit_kernels.library import cpu_extension_built
 
 from ..errors import InputError, expect
+from ._snapshot import Known
 
 Backend = BackendName | Literal["auto"]
 Check = Literal["contents", "versions"]
@@ -72,6 +74,14 @@ class KernelModule(nn.Module):
         """Why a call with these arguments would run on the reference path now; None if it would run on kernels."""
         raise NotImplementedError
 
+    def _look(self) -> str | None:
+        """Why kernels cannot stand for the submodules, their tensors aside."""
+        raise NotImplementedError
+
+    def _own_refusal(self) -> str | None:
+        """``_look``, taken once for each state of the submodules; a graph that is traced guards on them itself."""
+        return self._look() if torch.compiler.is_compiling() else _refusals(self)[1]
+
     @property
     def _how(self) -> tuple[str, bool]:
         """The last two arguments of every op."""
@@ -90,12 +100,12 @@ class KernelModule(nn.Module):
             return "is_causal is set"
         if x.numel() == 0:
             return "the batch is empty"
-        if is_traceable_wrapper_subclass(x):
+        if type(x) is not Tensor and is_traceable_wrapper_subclass(x):
             return f"x is a {type(x).__name__}"
         if torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
         if not torch.compiler.is_compiling():
-            if torch._C._functorch.peek_interpreter_stack() is not None or _forward_mode():
+            if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
                 return "a torch.func transform or forward-mode gradient is active"
             if len(hooks._global_forward_hooks) or len(hooks._global_forward_pre_hooks):
                 return "a hook for all modules is registered"
@@ -113,6 +123,9 @@ class KernelModule(nn.Module):
             return None
         served = {"auto": "fp32 on a CPU, fp16 and bf16 on a GPU", "cpu": "fp32 on a CPU"}
         return f"x is {dtype} on {device}: the kernels take {served.get(backend, 'fp16 and bf16 on a GPU')}"
+
+
+_refusals: Known[str | None] = Known(lambda module: module._look())
 
 
 def parts_refusal(parts: Iterable[Part]) -> str | None:
@@ -135,24 +148,33 @@ def parts_refusal(parts: Iterable[Part]) -> str | None:
     return None
 
 
+PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
 def tensors_refusal(x: Tensor, tensors: Iterable[Tensor | None]) -> str | None:
     """Why kernels cannot run on these weights."""
+    dtype, device = x.dtype, x.device
     needs_grad = x.requires_grad
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            return f"a weight is {tensor.dtype} on {tensor.device}, and x is {x.dtype} on {x.device}"
-        if is_traceable_wrapper_subclass(tensor):
+        if tensor.dtype != dtype or tensor.device != device:
+            return f"a weight is {tensor.dtype} on {tensor.device}, and x is {dtype} on {device}"
+        if type(tensor) not in PLAIN and is_traceable_wrapper_subclass(tensor):
             return f"a weight is a {type(tensor).__name__}"
         needs_grad = needs_grad or tensor.requires_grad
     return GRADIENTS if needs_grad and torch.is_grad_enabled() else None
 
 
-def _forward_mode() -> bool:
-    from torch.autograd import forward_ad
-
-    return forward_ad._current_level >= 0
+def untraced(x: Tensor) -> bool:
+    """Does nobody want to see PyTorch's ops? Then kernels may run without its dispatcher, which takes 0.3 ms."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in PLAIN
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._get_tracing_state() is None
+    )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

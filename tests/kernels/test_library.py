@@ -44,6 +44,8 @@ def calls(partial: bool = False) -> dict[str, tuple[Any, ...]]:
     proj = (rand(out, heads.out_width), bias)
     fc1, fc2 = (rand(HIDDEN, narrow), rand(HIDDEN)), (rand(out, HIDDEN), bias)
     alone = (rand(heads.width, E), rand(heads.width), rand(9, heads.out_width), None)
+    ends = (gamma, reads, writes)
+    halves = ([*norm, *qkv, *proj, *ends], [*norm, *fc1, *fc2, *ends])
     return {
         "norm_linear": (tokens(), rand(17, narrow), rand(17), 1e-6, reads),
         "ragged_attention": (tokens(heads.width), QK, V),
@@ -55,6 +57,8 @@ def calls(partial: bool = False) -> dict[str, tuple[Any, ...]]:
             "max_attention",
         ),
         "mlp_sublayer": (tokens(), *norm, *fc1, *fc2, gamma, reads, writes, "relu", 1e-5),
+        "block": (tokens(), *halves, QK, V, 0.25, "relu", [1e-6, 1e-5]),
+        "block_scored": (tokens(), *halves, QK, V, 0.25, "relu", [1e-6, 1e-5], "max_attention"),
         "attention": (tokens(), *alone, QK, V, 0.25),
         "mlp": (tokens(), rand(HIDDEN, E), None, rand(9, HIDDEN), rand(9), "quick_gelu"),
     }
@@ -99,6 +103,10 @@ def reference(name: str, args: tuple[Any, ...]) -> Any:
         read = F.layer_norm(x, (E,), g, b, eps)
         read = read if reads is None else read[..., reads]
         return written(x, F.linear(F.relu(F.linear(read, w1, b1)), w2, b2), gamma, writes)
+    if name.startswith("block"):
+        x, first, second, _, _, scale, act, (eps1, eps2) = args[:8]
+        x = reference("attention_sublayer", (x, *first, QK, V, scale, eps1))
+        return reference("mlp_sublayer", (x, *second, act, eps2))
     if name == "attention":
         return attend(args[0], args[1:3], args[3:5], args[7])
     x, w1, b1, w2, b2, _ = args
@@ -116,7 +124,12 @@ def call(name: str, args: tuple[Any, ...], **how: Any) -> Tensor:
 
 
 def cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    def one(a: Any) -> Any:
+        if isinstance(a, list):
+            return [one(item) for item in a]
+        return a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a
+
+    return tuple(one(a) for a in args)
 
 
 def check(name: str, args: tuple[Any, ...], dtype: torch.dtype, **how: Any) -> None:
@@ -159,6 +172,7 @@ def test_scores() -> None:
         _, scores = ops.attention_sublayer(x, *rest, "max_attention", backend=backend)
         torch.testing.assert_close(scores, want)
         assert ops.attention_sublayer(x, *rest, backend=backend)[1].shape == (0,)
+        torch.testing.assert_close(ops.block(*calls()["block_scored"], backend=backend)[1], want)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,6 +202,9 @@ def test_bad_arguments_are_named() -> None:
         ops.mlp_sublayer(x, *rest, backend="fpga")
     with pytest.raises(ContractError, match="an activation"):
         ops.mlp_sublayer(x, *rest[:-2], "swish", 1e-6)
+    y, first, second, *others = calls()["block"]
+    with pytest.raises(ContractError, match="9 tensors or None for each half"):
+        ops.block(y, first[:-1], second, *others)
     with pytest.raises(ContractError, match="the cpu backend in fp32"):
         ops.mlp_sublayer(x.double(), *rest, backend="cpu")
 
