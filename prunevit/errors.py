@@ -43,6 +43,10 @@ class RuntimeMismatch(PrunevitError):
     """The runtime's outputs differ from the model's by more than rounding: nothing is saved or served."""
 
 
+class UntunedMachine(RuntimeWarning):
+    """A checkpoint's tuning.json has nothing for this GPU with these versions: default tile sizes are used."""
+
+
 def expect(condition: bool, error: type[PrunevitError], what: str, *, got: object) -> None:
     """Raise ``error`` unless ``condition`` holds; ``what`` completes the sentence "expected …"."""
     if not condition:

@@ -84,7 +84,7 @@ def tune(
     bound: Sequence[tuple[TritonOp[Any], Sequence[Tensor]]], target: Target, report: Report = lambda line: None
 ) -> Tuning:
     """The fastest tile of every problem among ops with the buffers that they run on."""
-    machine = machine_name()
+    machine = machine_name(target.device)
     dtype = str(target.dtype).removeprefix("torch.")
     trials: dict[str, dict[Tile, tuple[TritonOp[Any], Sequence[Tensor]]]] = {}
     for packed, buffers in bound:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import torch
 
-from prunevit_kernels import BACKENDS, BackendName, Target
+from prunevit_kernels import BACKENDS, BackendName, ContractError, Target
 
-from ..errors import InputError, expect
+from ..errors import CheckpointError, InputError, UntunedMachine, expect
 
 logger = logging.getLogger("prunevit")
 
@@ -50,6 +52,27 @@ def choose_target(
     target = Target(chosen, device, dtype, threads or available)
     logger.info("backend %s on %s in %s", chosen, device, str(dtype).removeprefix("torch."))
     return target
+
+
+def tuned(target: Target, file: Path | None) -> Target:
+    """The target with the tile sizes that a tuning.json has for its GPU and versions; a warning where it has none."""
+    if file is None or target.backend != "cuda":
+        return target
+    from prunevit_kernels.tuning import Tuning, machine_name
+
+    try:
+        tuning = Tuning.read(file, machine_name(target.device))
+    except ContractError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    if not tuning.tiles:
+        warnings.warn(
+            f"{file} was tuned on {'; '.join(tuning.others) or 'no machine'}, not on {tuning.machine}: tile sizes are "
+            f"the defaults. `python -m prunevit.runtime.tune {file.parent}` adds this machine.",
+            UntunedMachine,
+            stacklevel=3,
+        )
+        return target
+    return replace(target, tuning=tuning)
 
 
 def _automatic(device: torch.device, dtype: torch.dtype | None) -> BackendName:

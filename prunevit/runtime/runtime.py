@@ -18,7 +18,7 @@ from ..errors import InputError, expect
 from ..models.from_timm import from_timm
 from ..models.vit import PrunedViT
 from ..spec import ViTSpec
-from .backend import choose_target
+from .backend import choose_target, tuned
 from .door import Door
 from .engine import Engine
 from .graphs import recorder_for
@@ -36,7 +36,8 @@ class Runtime:
     ``auto``, ``cuda`` (Triton and CUDA), ``cpu`` (C++) or ``torch`` (the reference ops, any device and dtype).
     ``threads``: of the cpu backend, all cores by default. ``check_nan``: refuse images with NaN or infinity; on by
     default on a CPU, off on a GPU, where looking costs a synchronisation. ``max_programs``: how many input shapes stay
-    prepared. ``cuda_graphs``: on a GPU, replay each shape as one graph from its second call on.
+    prepared. ``cuda_graphs``: on a GPU, replay each shape as one graph from its second call on. ``tuning``: a file of
+    tile sizes by GPU, the checkpoint's own tuning.json by default; :class:`UntunedMachine` warns where it has none.
 
     The weights are copied and laid out here: later changes to the model do not reach the runtime. Calls from several
     threads are safe.
@@ -55,10 +56,11 @@ class Runtime:
         check_nan: bool | None = None,
         max_programs: int = 8,
         cuda_graphs: bool = True,
+        tuning: str | os.PathLike[str] | None = None,
     ) -> None:
         source = _as_pruned(model)
         self.spec = source.spec
-        self.target = choose_target(device, dtype, backend, threads)
+        self.target = tuned(choose_target(device, dtype, backend, threads), _tuning_file(model, tuning))
         self.check_nan = self.target.device.type == "cpu" if check_nan is None else check_nan
         # a copy, so that training the model further cannot reach what is planned for another image size later
         self._tensors = {name: tensor.detach().cpu().clone() for name, tensor in source.state_dict().items()}
@@ -144,6 +146,16 @@ def _name_of(model: str | os.PathLike[str] | nn.Module, source: PrunedViT) -> st
         return Path(model).resolve().name
     base = str(source.provenance.get("base_model", type(source).__name__))
     return f"{base}, pruned" if source.plan is not None else base
+
+
+def _tuning_file(model: str | os.PathLike[str] | nn.Module, given: str | os.PathLike[str] | None) -> Path | None:
+    if given is not None:
+        expect(Path(given).is_file(), InputError, "a tuning file", got=given)
+        return Path(given)
+    if not isinstance(model, str | os.PathLike):
+        return None
+    beside = Path(model) / "tuning.json"
+    return beside if beside.is_file() else None
 
 
 def _dense_spec(source: PrunedViT) -> ViTSpec | None:

@@ -72,7 +72,7 @@ def test_the_fastest_candidate_wins(op: RaggedAttention, monkeypatch: pytest.Mon
         assert call.constants["BLOCK_N"] == call.tile.block_n
         return 1.0 if call.tile == fastest else 2.0
 
-    monkeypatch.setattr(tune, "machine_name", lambda: "one GPU")
+    monkeypatch.setattr(tune, "machine_name", lambda device: "one GPU")
     monkeypatch.setattr(tune, "precompile", lambda calls, capability: compiled.extend(calls) or len(compiled))
     monkeypatch.setattr(tune, "_time_of", time_of)
     monkeypatch.setattr(tune, "_with_tuning", lambda target, tuning: _stand_in(tuning))

@@ -1,0 +1,74 @@
+"""``python -m prunevit.runtime.tune MODEL``: find the fastest tiles for a model on the GPU at hand, offline.
+
+    python -m prunevit.runtime.tune my_checkpoint --batch 1,8,64,256
+    python -m prunevit.runtime.tune snp_deit_small --out tuning.json
+
+MODEL is a checkpoint directory, whose tuning.json is written, or the name of a published shape. What other machines
+found stays in the file. Nothing is ever tuned inside a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from prunevit_kernels import Target
+
+from .. import shapes
+from ..errors import InputError, expect
+from ..models.vit import PrunedViT
+from .engine import PackedPlan, Program
+from .plan import Plan
+from .runtime import Runtime
+
+
+def bound_ops(plan: Plan, target: Target, images: Tensor) -> list[tuple[Any, list[Tensor]]]:
+    """Every Triton op with the buffers of one batch size. Random values: zeros would run faster."""
+    from prunevit_kernels._launch import TritonOp
+
+    packed = PackedPlan.of(plan, target)
+    program = Program(packed, target, tuple(images.shape))
+    for storage in program.storage.values():
+        storage.normal_()
+    every = zip(packed.ops, program.buffers(images))
+    return [(op, buffers) for op, buffers in every if isinstance(op, TritonOp)]
+
+
+def tune_runtime(runtime: Runtime, batches: Iterable[int], file: Path, report: Callable[[str], None] = print) -> int:
+    """Tune a runtime's ops for some batch sizes and add what is found to ``file``; returns how many tiles it was."""
+    from prunevit_kernels.tune import tune
+    from prunevit_kernels.tuning import Tuning, machine_name
+
+    expect(runtime.backend == "cuda", InputError, "the cuda backend to tune", got=f"backend {runtime.backend}")
+    target, plan = runtime.target, runtime.plan()
+    # a file that cannot be read is found before an hour of measuring
+    before = Tuning.read(file, machine_name(target.device)).tiles if file.exists() else {}
+    bound = []
+    for batch in batches:
+        shape = (batch, runtime.spec.in_chans, *runtime.spec.img_size)
+        bound += bound_ops(plan, target, torch.randn(shape, device=target.device, dtype=target.dtype))
+    found = tune(bound, target, report=report)
+    Tuning(found.machine, {**before, **found.tiles}).write(file)
+    return len(found.tiles)
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="A checkpoint directory, or a published shape's name.")],
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8,64,256",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="The file to write; the checkpoint's tuning.json.")] = None,
+) -> None:
+    named = model in shapes.names() + shapes.names(dense=True)
+    runtime = Runtime(PrunedViT(shapes.get(model)) if named else model, device="cuda", dtype=getattr(torch, dtype))
+    file = out or (Path() if named else Path(model)) / "tuning.json"
+    count = tune_runtime(runtime, [int(size) for size in batch.split(",")], file, typer.echo)
+    typer.echo(f"{count} tiles in {file}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
