@@ -30,7 +30,7 @@ def cells(s: Setting) -> Iterator[Cell]:
     """Every cell, the most wanted first."""
     yield {"stage": "dense", "seed": 0}
     for method in UNTRAINED:
-        for budget in s.cuts:
+        for budget in (s.main, *s.others) if method == "auto" else s.cuts:
             for seed in range(s.seeds if method == "random" else 1):
                 yield {"stage": "cut", "method": method, "budget": budget, "seed": seed}
     for kind, scores in SCORES.items():
@@ -107,7 +107,7 @@ class Grid:
     def _cut(self, cell: Cell) -> dict[str, Any]:
         lab = self._lab()
         model = METHODS[cell["method"]](lab, cell["budget"], cell["seed"]).model
-        return {**costs(model, lab.dense), "accuracy": self._tested(model)}
+        return {**costs(model, lab.dense), "accuracy": self._tested(model, self.setting.probed)}
 
     def _one_kind(self, cell: Cell) -> dict[str, Any]:
         lab, seed = self._lab(), cell["seed"]
@@ -145,12 +145,13 @@ class Grid:
             dense = prunevit.load(self.out / "models" / "dense").eval()
             images = {name: self.images[name] for name in ("train", "calibration", "validation")}
             self.lab = Lab(self.setting, dense, searches=self.out / "searches", **images)
+            self.teacher = prunevit.accelerate(self._copy(dense))
         return self.lab
 
     def _recover(self, model: PrunedViT, steps: int, cell: Cell) -> None:
         lab, seed = self._lab(), cell["seed"]
         what = " ".join(str(value) for value in cell.values())
-        recover_for(model, lab.dense, lab.steps(steps, seed), self.setting, seed, what)
+        recover_for(model, self.teacher, lab.steps(steps, seed), self.setting, seed, what)
 
     def _tested(self, model: PrunedViT, most: int | None = None) -> float:
         images = self.images["test"]

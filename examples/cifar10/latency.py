@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def measure(models: Path, threads: int, rounds: int, seconds: float) -> dict[str
     }
 
 
-def median_time(call, seconds: float) -> float:
+def median_time(call: Callable[[], object], seconds: float) -> float:
     taken, end = [], time.perf_counter() + seconds
     while not taken or time.perf_counter() < end:
         start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from itertools import pairwise
@@ -202,7 +203,7 @@ def setup(r: Results) -> str:
         facts = found[0]["facts"]
         lines.append(
             f"The dense model has {facts['params'] / 1e6:.2f} M parameters and {facts['macs'] / 1e6:.1f} MMAC, and "
-            f"after {s['epochs']} epochs gets {facts['accuracy']:.1%} of the {s['test']} test images right."
+            f"after {s['epochs']} epochs gets {facts['accuracy']:.1%} of {s['test']:,} test images right."
         )
     small = r.find(stage="small")
     if small:
@@ -211,9 +212,11 @@ def setup(r: Results) -> str:
             f"A dense model of width {s['small_width']} ({facts['macs_share']:.1%} of the MACs), trained and recovered "
             f"in as many steps, gets {facts['accuracy']:.1%}."
         )
+    worst = 50 / math.sqrt(s["probed"])
     lines.append(
-        f"Recovery is {s['steps']} steps of {s['batch']} images. fp32, {env['threads']} threads of an {env['cpu']}; "
-        f"prunevit {env['prunevit']}, torch {env['torch']}, timm {env['timm']}."
+        f"Recovery is {s['steps']} steps of {s['batch']} images. Models that are cut and not trained are tested on "
+        f"{s['probed']:,} test images (standard error {worst:.1f} points at most). fp32, {env['threads']} threads of an "
+        f"{env['cpu']}; prunevit {env['prunevit']}, torch {env['torch']}, timm {env['timm']}."
     )
     if r.missing:
         lines.append("Not run yet: " + "; ".join(_brief(r.missing)) + ".")
