@@ -17,6 +17,7 @@ from . import _timm
 if TYPE_CHECKING:
     from . import errors, shapes
     from .api import Runtime, gate, load, prune, save
+    from .latency import Deployment
     from .models.from_timm import from_timm
     from .models.vit import PrunedViT
     from .nn import accelerate, restore
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockSpec",
+    "Deployment",
     "PrunedViT",
     "Runtime",
     "TokenSelect",
@@ -45,11 +47,12 @@ _HOMES = {
     **dict.fromkeys(("Runtime", "gate", "load", "prune", "save"), "api"),
     **dict.fromkeys(("BlockSpec", "TokenSelect", "ViTSpec"), "spec"),
     **dict.fromkeys(("accelerate", "restore"), "nn"),
+    "Deployment": "latency",
     "PrunedViT": "models.vit",
     "from_timm": "models.from_timm",
 }
 _PARTS = {
-    *("api", "benchmark", "checkpoint", "cli", "data", "errors", "interop", "models", "nn"),
+    *("api", "benchmark", "checkpoint", "cli", "data", "errors", "interop", "latency", "models", "nn"),
     *("plots", "pruning", "runtime", "schema", "shapes", "spec"),
 }
 

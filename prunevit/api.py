@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import checkpoint, pruning
-from .errors import RuntimeMismatch
+from .errors import PruningError, RuntimeMismatch, expect
+from .latency import Deployment, Measured
+from .latency.table import OnNode
 from .models.vit import PrunedViT
+from .pruning import Budget
+from .pruning.budget import Constraints, Cost
+from .pruning.method import Batches, Data
+from .pruning.prune import AnyMethod
+from .pruning.surgery import as_pruned
 from .runtime import Runtime
 from .spec import ViTSpec
 
@@ -23,23 +30,86 @@ GATE_TOLERANCE = 1e-3
 
 def prune(
     model: nn.Module,
-    method: str | Sequence[str] = "snp",
-    constraints: Mapping[str, str | float] | None = None,
-    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    method: AnyMethod | Sequence[AnyMethod] = "snp",
+    constraints: Constraints | Sequence[Constraints] | None = None,
+    data: Data | None = None,
     *,
+    on: Deployment | Mapping[str, Any] | None = None,
+    cost: Cost | Mapping[str, Cost] | None = None,
+    train: Batches | None = None,
+    validation: Batches | None = None,
     seed: int = 0,
+    on_timing: OnNode | None = None,
     **options: Any,
 ) -> PrunedViT:
     """Prune a timm ViT (or prune a pruned one further) to a budget; the result is a trainable module of its own shape.
 
-    ``method``: a name of :data:`prunevit.pruning.METHODS`, or several that are applied one after another.
-    ``constraints``: what remains, as a share of the given model or an absolute number: ``{"macs": "45%"}``,
-    ``{"params": 10e6}``, ``{"macs": 2.0e9, "params": "50%"}``. ``data``: batches of (images, labels) that the scores
-    are measured on; methods that look at weights alone need none. ``options`` are the method's own.
+    ``method``: a name of :data:`prunevit.pruning.METHODS` or a :class:`Method`; or several, applied one after another,
+    each with the kinds of group that it prunes: ``["snp", "taylor:head", "taylor:sublayer"]``. Papers and our reading
+    of them: ``docs/methods.md``, and each method's docstring.
 
-    Raises :class:`UnsupportedModel`, :class:`PruningError`, :class:`BudgetError`.
+    ``constraints``: what remains at most, as a share of the given model or a number with a unit; several all hold, and
+    a list has one mapping for each method.
+
+    - ``macs``, ``params``: ``"45%"``, ``2.0e9``, ``"2.0G"``, ``"10M"``; MACs of one image, QKᵀ and AV included.
+    - ``latency``: ``"60%"``, ``"20ms"``; milliseconds a call (also of a number without a unit) of the runtime on
+      ``on``, a :class:`Deployment` or its fields (``{"device": "cpu", "batch": 8, "threads": 2}``): from a table of
+      step times, checked on the whole model. The figures are in ``provenance["latency"]``.
+    - ``memory``: ``"50%"``, ``"50MB"``; bytes of all parameters and of the runtime's buffers on ``on``.
+    - any other name, in a unit of your own: ``cost``, a callable that takes a :class:`ViTSpec`, or one by name.
+
+    ``data``: batches of (images, labels), or of images where no label is needed, that scores are measured on; methods
+    that look at weights alone need none. ``train``: batches for methods that train (``gohsp`` with ``stages``,
+    ``finetune_epochs``, ``recovery``), with a length. ``validation``: held-out batches for ``auto``; no test images.
+
+    ``options``: ``shape`` (exactly the widths of a spec or published shape), ``rounds`` and ``recovery`` (iterative
+    pruning), ``on_step`` (called with each training step), the fields of :class:`prunevit.pruning.Ranking`
+    (``groups``, ``isomorphic``, ``pruning_ratio``, ``ignored_layers``, …) and those of the method. ``on_timing`` is
+    called with how many steps have been timed and how many are wanted.
+
+    ``model`` is left as it is; the result's ``plan`` says which indices of the dense model were kept.
+
+    Raises :class:`UnsupportedModel` for a model that no spec describes; :class:`BudgetError` where a constraint cannot
+    be met, with the floor that can, and :class:`LatencyMiss`, one of them, where table and whole model disagree;
+    :class:`PruningError` for anything else that does not fit; :class:`CheckpointError` for a file of another run.
     """
-    return pruning.prune(model, method, constraints, data, seed=seed, **options)
+    if isinstance(data, Iterator):
+        data = list(data)  # scores of several methods, or attempts, look at the images several times
+    source = as_pruned(model)
+    last = (constraints[-1] if constraints else None) if isinstance(constraints, Sequence) else constraints
+    every = constraints if isinstance(constraints, Sequence) else [constraints or {}]
+    named = {name for mapping in every for name in mapping}
+    costs = _costs_by_name(named, cost)
+    wanted = {"latency", "memory"} & (named - set(costs))
+    expect(on is None or bool(wanted), PruningError, "on= with a latency or memory constraint", got=sorted(named))
+    given: dict[str, Any] = {"train": train, "validation": validation, "seed": seed, **options}
+    if not wanted:
+        return pruning.prune(source, method, constraints, data, cost=costs, **given)
+    deployment = Deployment.of(on)
+    if "memory" in wanted:
+        costs["memory"] = deployment.memory
+    if "latency" not in wanted:
+        return pruning.prune(source, method, constraints, data, cost=costs, **given)
+    measured = costs["latency"] = Measured(source, deployment, on_timing)
+    if last is None or "latency" not in last:
+        raise PruningError(f"expected latency in the last constraints, where it can be checked, got {dict(last or {})}")
+    (limit,) = Budget.of(source.spec, {"latency": last["latency"]}, {"latency": measured}).limits
+    measured.aim(limit.most)
+
+    def attempt(number: int) -> PrunedViT:
+        # a search that is journaled under one correction of the table is not continued under another
+        own = {"journal": f"{options['journal']}.{number + 1}"} if number and options.get("journal") else {}
+        return pruning.prune(source, method, constraints, data, cost=costs, **{**given, **own})
+
+    return measured.within(limit.most, attempt, deployment.attempts or (3 if train is None else 1))
+
+
+def _costs_by_name(constraints: set[str], cost: Cost | Mapping[str, Cost] | None) -> dict[str, Cost]:
+    if cost is None or isinstance(cost, Mapping):
+        return dict(cost or {})
+    others = sorted(constraints - {"macs", "params"})
+    expect(len(others) == 1, PruningError, "one constraint for the one cost, or costs by name", got=others)
+    return {others[0]: cost}
 
 
 def save(model: PrunedViT, path: str | os.PathLike[str], *, check: bool = True) -> Path:
@@ -81,4 +151,4 @@ def gate(model: PrunedViT, batch: int = 2) -> float:
     return error
 
 
-__all__ = ["GATE_TOLERANCE", "Runtime", "gate", "load", "prune", "save"]
+__all__ = ["GATE_TOLERANCE", "Deployment", "Runtime", "gate", "load", "prune", "save"]

@@ -166,7 +166,7 @@ class _Search:
             assert self.job.train is not None
             path = None if self.journal.path is None else self.journal.path.with_suffix(f".round{self.round}")
             recipe = {**self.options.recipe, "epochs": self.options.finetune_epochs, "seed": self.job.seed}
-            recover(self.model, self.job.train, teacher=self.job.model, state=path, **recipe)
+            recover(self.model, self.job.train, teacher=self.job.model, state=path, on_step=self.job.on_step, **recipe)
         self.round += 1
         return self._measure("start", 0.0, self.model)
 

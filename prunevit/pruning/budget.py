@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeAlias
 
+from .._units import read_amount
 from ..errors import BudgetError, PruningError, expect
 from ..spec import ViTSpec
 from .groups import Group, Kind, Scores
@@ -18,7 +19,6 @@ Constraints: TypeAlias = Mapping[str, str | float]
 
 COSTS: dict[str, Cost] = {"macs": lambda spec: spec.macs(), "params": lambda spec: spec.params()}
 TOLERANCE = 0.01  # of dense: what a result may stay below its limit, where units are small enough
-_SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
@@ -157,24 +157,16 @@ class _Search:
 
 
 def _amount(name: str, value: str | float, dense: float) -> float:
+    """The most that may remain, in the cost's own unit: milliseconds of latency, bytes of memory, else a count."""
     try:
-        if isinstance(value, str):
-            text = value.strip()
-            if text.endswith("%"):
-                share = float(text[:-1]) / 100
-                expect(0 < share <= 1, BudgetError, f"{name} between 0% and 100% of dense", got=value)
-                return share * dense
-            amount = float(text[:-1]) * _SUFFIXES[text[-1]] if text[-1:] in _SUFFIXES else float(text)
-        else:
-            amount = float(value)
+        amount, share = read_amount(name, value) if isinstance(value, str) else (float(value), False)
     except (TypeError, ValueError) as error:
-        if isinstance(error, BudgetError):
-            raise
-        raise BudgetError(f'{name}: expected a share such as "45%" or a number such as 2.0e9, got {value!r}') from None
+        what = str(error) if isinstance(value, str) else f'{name}: expected a share such as "45%" or a number'
+        raise BudgetError(what if isinstance(value, str) else f"{what}, got {value!r}") from None
     expect(0 < amount < float("inf"), BudgetError, f"{name} to be a positive number", got=value)
-    if name in COSTS and amount <= 1:
+    if not share and name in COSTS and amount <= 1:
         raise BudgetError(f'{name}: expected a share such as "{amount:.0%}" or a count, got {value!r}')
-    return amount
+    return amount * dense if share else amount
 
 
 def _differing(dense: ViTSpec, shape: ViTSpec) -> tuple[Kind, ...]:

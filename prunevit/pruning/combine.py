@@ -52,7 +52,8 @@ class Sequential(Method):
             ranking = budget.ranking if stage.groups is None else replace(budget.ranking, groups=stage.groups)
             model = stage.method.prune(replace(job, model=model, budget=Budget(limits, ranking)))
             if self.recipe is not None and job.train is not None:
-                recover(model, job.train, teacher=job.model, **{"seed": job.seed, **self.recipe})
+                options = {"seed": job.seed, "on_step": job.on_step, **self.recipe}
+                recover(model, job.train, teacher=job.model, **options)
         return model
 
 

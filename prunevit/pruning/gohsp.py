@@ -101,9 +101,8 @@ class GOHSP(Scorer):
         if self.finetune_epochs:
             if job.train is None:
                 raise PruningError("finetune_epochs: expected train=batches of (images, labels), got none")
-            recover(
-                small, job.train, teacher=job.model, **{**self.recipe, "epochs": self.finetune_epochs, "seed": job.seed}
-            )
+            recipe = {**self.recipe, "epochs": self.finetune_epochs, "seed": job.seed}
+            recover(small, job.train, teacher=job.model, on_step=job.on_step, **recipe)
         return small
 
 
@@ -129,6 +128,8 @@ class SoftPruning:
                 self.plan = self.project(stage + 1)
             elif step.step == step.total:
                 self.plan = self.project(method.stages)
+            if self.job.on_step is not None:
+                self.job.on_step(step)
 
         recipe = {**method.recipe, "epochs": epochs, "seed": self.job.seed}
         assert self.job.train is not None

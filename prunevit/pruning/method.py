@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
@@ -15,6 +15,9 @@ from ..models import PrunedViT
 from .budget import Budget
 from .groups import KINDS, Group, Kind, groups_of
 from .surgery import compact
+
+if TYPE_CHECKING:
+    from .recover import Step
 
 Data: TypeAlias = Iterable[Tensor | Sequence[Tensor]]
 """Batches of (images, labels), or of images alone where no label is needed."""
@@ -28,6 +31,7 @@ class Job:
     """One pruning: the model (left as it is), how much goes, what to measure on, and the seed of all chance.
 
     ``data`` is for scores; ``train`` for methods that train, ``validation`` for those that look at accuracy.
+    ``on_step`` is called with each training step, whichever training it is of.
     """
 
     model: PrunedViT
@@ -36,6 +40,7 @@ class Job:
     seed: int = 0
     train: Batches | None = None
     validation: Batches | None = None
+    on_step: Callable[[Step], None] | None = None
 
 
 class Method(ABC):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from .cp_vit import CPViT, EViT
 from .groups import check_kinds
 from .method import Batches, Data, Job, Method
 from .ranking import Ranking
+from .recover import Step
 from .scorers import SCORERS
 from .surgery import as_pruned
 
@@ -42,6 +43,7 @@ def prune(
     validation: Batches | None = None,
     rounds: int = 1,
     recovery: Mapping[str, Any] | None = None,
+    on_step: Callable[[Step], None] | None = None,
     **options: Any,
 ) -> PrunedViT:
     """Prune a timm ViT or a PrunedViT; ``model`` is left as it is.
@@ -55,6 +57,7 @@ def prune(
     there is one mapping for each; ``"taylor:head,mlp"`` is a method with the kinds of group that it prunes. ``rounds``
     prunes in as many rounds, with ``recovery`` (options of :func:`recover`, on ``train``) after each pruning.
     ``data`` is for scores, ``train`` for methods that train, ``validation`` for those that look at accuracy.
+    ``on_step`` is called with each training step.
 
     The result has its ``plan`` set. Raises :class:`BudgetError` where a constraint cannot be met,
     :class:`PruningError` for anything else that does not fit, :class:`UnsupportedModel` for a model that no spec
@@ -82,7 +85,7 @@ def prune(
         chosen = Sequential(stages, rounds, recovery)
     # scores of several methods look at the images several times
     again = list(data) if isinstance(data, Iterator) else data
-    small = chosen.prune(Job(dense, budget, again, seed, train, validation))
+    small = chosen.prune(Job(dense, budget, again, seed, train, validation, on_step))
     earlier = [dense.provenance["method"]] if "method" in dense.provenance else []
     small.provenance |= {
         "method": "+".join(earlier + [m if isinstance(m, str) else type(m).__name__.lower() for m in methods]),
