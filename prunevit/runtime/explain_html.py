@@ -6,7 +6,7 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from .explain_svg import colour_of, roofline_picture, shape_picture, time_picture
+from .explain_svg import colour_of, head_unit, roofline_picture, shape_picture, time_picture
 from .explain_text import CALM, busy
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ def page(it: Explanation) -> str:
     """The whole document."""
     style = files(__package__).joinpath("explain.css").read_text("utf-8")
     name = escape(it.model)
-    notice = f'<p class="busy">{escape(busy(it))}.</p>' if it.peaks.calm < CALM else ""
-    parts = {"qk": "query-key width", "v": "value width", "mlp": "MLP width"}
-    shape = parts if it.dense is None else {**parts, "ghost": "pruned"}
+    notice = f'<p class="busy">{escape(_sentence(busy(it)))}.</p>' if it.peaks.calm < CALM else ""
+    pruned = "pruned" if it.dense is not None else f"up to {head_unit(it.spec, None)}, a dense head's width"
+    shape = {"qk": "query-key width", "v": "value width", "mlp": "MLP width", "ghost": pruned}
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -65,6 +65,7 @@ def page(it: Explanation) -> str:
 <h2>Against the machine</h2>
 <p class="sub">Each dot is a step, as large as its share of the time. A dot near a roof is as fast as this machine
 allows; one far below is held back by something else: softmax, norms, waiting, or too little work to share.</p>
+<p class="legend">{_legend(it)}</p>
 {roofline_picture(it)}
 </section>
 <section>
@@ -168,16 +169,19 @@ def _cells(step: StepReport) -> str:
 
 def _method(it: Explanation) -> str:
     whys = dict.fromkeys(f"{step.kernel}: {step.why}" for step in it.steps)
-    dense = ""
-    if it.dense_macs is not None:
-        dense = f" The pruned model has {it.spec.macs(it.batch) / 1e9:.3f} GMAC, of which {it.macs / 1e9:.3f} run."
+    whole, left_out = it.spec.macs(it.batch), ""
+    if it.macs < whole:
+        left_out = (
+            f" The model has {whole / 1e9:.3f} GMAC, of which {it.macs / 1e9:.3f} run: what nobody reads, such as the "
+            "last block's rows that pooling drops, is not computed."
+        )
     cached = f"; {it.peaks.cache / 1e9:.0f} GB/s from cache" if it.peaks.cache else ""
     versions = ", ".join(f"{name} {found}" for name, found in it.machine["versions"].items() if found)
     lines = [
         f"Medians of {it.rounds} rounds. Each step was timed in its place among the others; the steps add up to "
         f"{it.steps_ms:.3f} ms, a whole call takes {it.call_ms:.3f} ms.",
         "MACs are useful multiply-accumulates: what pads a vector or a tile is counted under padding, softmax, norms "
-        f"and activations nowhere.{dense}",
+        f"and activations nowhere.{left_out}",
         f"The peak is {it.peaks.probe}; {it.peaks.memory / 1e9:.0f} GB/s from memory{cached}. The floor of a step is "
         "its useful work at that peak, or its bytes at the memory's rate, whichever takes longer: a step whose data "
         "are cached may beat the second.",
@@ -186,3 +190,7 @@ def _method(it: Explanation) -> str:
         f"{it.machine['system']}, {versions}.",
     ]
     return "\n".join(f"<p>{escape(line)}</p>" for line in lines)
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]

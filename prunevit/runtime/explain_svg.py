@@ -57,11 +57,21 @@ def _svg(height: float, label: str, parts: Iterable[str]) -> str:
     )
 
 
+def _blocks(spec: ViTSpec, dense: ViTSpec | None) -> tuple[BlockSpec, ...]:
+    """The model's blocks, and the dense original's where they correspond."""
+    return spec.blocks + (dense.blocks if dense is not None and dense.depth == spec.depth else ())
+
+
+def head_unit(spec: ViTSpec, dense: ViTSpec | None) -> int:
+    """The width that fills a head's place: a dense head's, which the score scale still tells."""
+    both = _blocks(spec, dense)
+    return max([1, *(max(round(b.attn_scale**-2), *b.qk_dims, *b.v_dims, 1) for b in both)])
+
+
 def shape_picture(spec: ViTSpec, dense: ViTSpec | None) -> str:
     """A row a block: each head's query-key width above its value width, then the MLP's; grey is what was pruned."""
     same = dense if dense is not None and dense.depth == spec.depth else None
-    both = [*spec.blocks, *(same.blocks if same else ())]
-    unit = max([1, *(max(round(b.attn_scale**-2), *b.qk_dims, *b.v_dims, 1) for b in both)])
+    both, unit = _blocks(spec, dense), head_unit(spec, dense)
     slots = max([1, *(b.num_heads for b in both)])
     widest = max([1, *(b.mlp_dim for b in both)])
     heads_at, heads_width, mlp_at, mlp_width = 7.0, 58.0, 69.0, 31.0
@@ -116,8 +126,12 @@ def time_picture(it: Explanation) -> str:
             parts.append(_rect(x, y, width, BAR, colour_of(step.op), note))
             x += width
         total = sum(it.steps[i].ms for i in members)
-        parts.append(_text(x, y + 11, f"{total:.3g} ms", "note", dx=5))
+        parts.append(_text(x, y + 11, f"{_three_digits(total)} ms", "note", dx=5))
     return _svg(6 + len(rows) * ROW, "time of each step, block by block", parts)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}"
 
 
 def roofline_picture(it: Explanation) -> str:
@@ -136,7 +150,7 @@ def roofline_picture(it: Explanation) -> str:
     def y_of(value: float) -> float:
         return y1 - (math.log10(value) - bottom) / (top - bottom) * (y1 - y0)
 
-    parts = []
+    parts, labels = [], []  # what is written stands in front of the dots
     for power in range(math.ceil(left), math.floor(right) + 1):
         parts.append(_line(x_of(10.0**power), y0, x_of(10.0**power), y1, "grid"))
         parts.append(_text(x_of(10.0**power), y1 + 16, f"{10.0**power:g}", "axis", "middle"))
@@ -144,6 +158,7 @@ def roofline_picture(it: Explanation) -> str:
         parts.append(_line(x0, y_of(10.0**power), x1, y_of(10.0**power), "grid"))
         parts.append(_text(x0, y_of(10.0**power) + 4, _rate(10.0**power), "axis", "end", -4))
     parts.append(_text((x0 + x1) / 2, y1 + 32, "FLOP a byte moved", "axis", "middle"))
+    labels.append(_text(x0, y0 + 2, "FLOP/s", "note", dx=5))
     parts.append(_line(x0, y0, x0, y1, "grid") + _line(x0, y1, x1, y1, "grid"))
     for bandwidth, name in ((cache, "cache"), (memory, "memory")):
         if bandwidth is None:
@@ -152,18 +167,18 @@ def roofline_picture(it: Explanation) -> str:
         start = max(10.0**left, 10.0**bottom / bandwidth)
         parts.append(_line(x_of(start), y_of(start * bandwidth), x_of(peak / bandwidth), y_of(peak), f"roof {name}"))
         if peak / bandwidth > 1.3 * start:
-            middle = math.sqrt(start * peak / bandwidth)
+            middle = start * (peak / bandwidth / start) ** 0.3  # few steps have so little to compute
             words = f"{name} {bandwidth / 1e9:.0f} GB/s"
             at = x_of(middle), y_of(middle * bandwidth)
             # beside its line, on the side where the other one is not
             above = name == "cache"
-            parts.append(
+            labels.append(
                 _text(
                     at[0], at[1] + (-4 if above else 12), words, "note", "end" if above else "start", -4 if above else 8
                 )
             )
     parts.append(_line(x_of(peak / (cache or memory)), y_of(peak), x1, y_of(peak), "roof"))
-    parts.append(_text(x1, y_of(peak) - 5, f"peak {_rate(peak)}FLOP/s", "note", "end"))
+    labels.append(_text(x1, y_of(peak) - 5, f"peak {_rate(peak)}FLOP/s", "note", "end"))
     for x, y, step in points:
         note = f"{step.name}: {step.gflops:.0f} GFLOP/s at {x:.1f} FLOP a byte, {step.ms:.3f} ms"
         radius = 3 + 9 * math.sqrt(step.ms / it.steps_ms)
@@ -171,7 +186,7 @@ def roofline_picture(it: Explanation) -> str:
             f'<circle class="dot {colour_of(step.op)}" cx="{x_of(x):.3f}%" cy="{y_of(y):.1f}" r="{radius:.1f}">'
             f"<title>{escape(note)}</title></circle>"
         )
-    return _svg(306, "rate of each step under the machine's roofs", parts)
+    return _svg(306, "rate of each step under the machine's roofs", [*parts, *labels])
 
 
 def _rate(flops: float) -> str:

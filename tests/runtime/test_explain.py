@@ -214,7 +214,8 @@ def test_page_fits_in_a_browser(width: int, tmp_path: Path) -> None:
         const words = [...document.querySelectorAll("svg text")].map(t => t.getBoundingClientRect());
         document.title = JSON.stringify({page: document.documentElement.scrollWidth, window: innerWidth,
             charts: charts.map(c => [c.width, c.height]), right: Math.max(...words.map(w => w.right)),
-            left: Math.min(...words.map(w => w.left))});
+            left: Math.min(...words.map(w => w.left)),
+            hidden: [...document.querySelectorAll(".ops")].some(t => t.scrollWidth > t.parentElement.clientWidth)});
     })</script></body>"""
     page = tmp_path / "page.html"
     page.write_text(html.replace("</body>", probe), "utf-8")
@@ -238,6 +239,7 @@ def test_page_fits_in_a_browser(width: int, tmp_path: Path) -> None:
     assert seen["page"] <= width  # nothing makes the page scroll sideways
     assert seen["left"] >= 0
     assert seen["right"] <= width
+    assert not seen["hidden"]  # the table of ops needs no scrolling; the one of steps may
     assert len(seen["charts"]) == 3
     for chart_width, chart_height in seen["charts"]:
         assert chart_width > 0.85 * (width - 60)
