@@ -29,6 +29,11 @@ SCORES: dict[str, tuple[str, ...]] = {
 def cells(s: Setting) -> Iterator[Cell]:
     """Every cell, the most wanted first."""
     yield {"stage": "dense", "seed": 0}
+
+    def recovered(methods: Iterable[str], budget: float, seed: int) -> Iterator[Cell]:
+        return ({"stage": "recovered", "method": m, "budget": budget, "seed": seed} for m in methods)
+
+    yield from recovered(("dense", *MAIN), s.main, 0)
     for method in UNTRAINED:
         for budget in (s.main, *s.others) if method == "auto" else s.cuts:
             for seed in range(s.seeds if method == "random" else 1):
@@ -41,11 +46,6 @@ def cells(s: Setting) -> Iterator[Cell]:
     for kind in ALL:
         for other in ("magnitude", "taylor"):
             yield {"stage": "agreement", "kind": kind, "scores": ["snp", other], "seed": 0}
-
-    def recovered(methods: Iterable[str], budget: float, seed: int) -> Iterator[Cell]:
-        return ({"stage": "recovered", "method": m, "budget": budget, "seed": seed} for m in methods)
-
-    yield from recovered(("dense", *MAIN), s.main, 0)
     yield from recovered(("gohsp, by params",), s.claimed_params, 0)
     yield from recovered(FOR_AUTO, s.main, 0)
     yield {"stage": "small", "seed": 0}

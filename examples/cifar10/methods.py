@@ -120,7 +120,7 @@ METHODS: dict[str, Method] = {
 }
 
 #: recovered at the main point by every seed, and at the other budgets
-MAIN = ("snp", "gohsp", "auto", "cp-vit", "magnitude", "taylor", "random")
+MAIN = ("snp", "magnitude", "taylor", "random", "gohsp", "cp-vit", "auto")
 #: what auto is compared with at equal accuracy
 FOR_AUTO = ("snp, inner", "auto, in rounds", "snp, inner, in rounds")
 #: measured without any training, at every budget

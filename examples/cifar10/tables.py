@@ -215,8 +215,8 @@ def setup(r: Results) -> str:
     worst = 50 / math.sqrt(s["probed"])
     lines.append(
         f"Recovery is {s['steps']} steps of {s['batch']} images. Models that are cut and not trained are tested on "
-        f"{s['probed']:,} test images (standard error {worst:.1f} points at most). fp32, {env['threads']} threads of an "
-        f"{env['cpu']}; prunevit {env['prunevit']}, torch {env['torch']}, timm {env['timm']}."
+        f"{s['probed']:,} test images (standard error {worst:.1f} points at most). fp32, {env['threads']} threads of "
+        f"an {env['cpu']}; prunevit {env['prunevit']}, torch {env['torch']}, timm {env['timm']}."
     )
     if r.missing:
         lines.append("Not run yet: " + "; ".join(_brief(r.missing)) + ".")
