@@ -1,5 +1,7 @@
 """One op on every published shape: prunevit's C++ beside eager PyTorch, unpadded and padded, and torch.compile.
 
+With ``--device cuda``, what ``_gpu.py`` compares.
+
 Each implementation runs in a process of its own, stopped while another runs, and goes through all shapes in every
 round. The floor of a shape is the larger of its operations over the measured multiply-add peak and its bytes over the
 measured memory bandwidth, useful work only.
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import _gpu
 import torch
 import torch.nn.functional as F
 import typer
@@ -216,19 +219,26 @@ def command(op: str) -> None:
     """The command line of one op's benchmark."""
 
     def main(
-        device: Annotated[str, typer.Option(help="cpu")] = "cpu",
+        device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
         shape: Annotated[str, typer.Option("--shapes", help="names, separated by commas")] = ",".join(shapes.names()),
-        batch: Annotated[str, typer.Option(help="batch sizes, separated by commas")] = "1,8",
+        batch: Annotated[str, typer.Option(help="batch sizes, separated by commas; 1,8 and on a GPU 1,64,256")] = "",
         threads: Annotated[int, typer.Option(help="threads of every implementation")] = 2,
-        impls: Annotated[str, typer.Option(help="implementations, separated by commas")] = ",".join(IMPLS),
+        impls: Annotated[str, typer.Option(help="implementations, separated by commas; all by default")] = "",
         out: Annotated[Path | None, typer.Option(help="folder for the CSV and JSON files")] = None,
+        limit: Annotated[float, typer.Option(help="seconds after which a GPU begins no further shape")] = 300,
     ) -> None:
-        if device != "cpu":
-            raise typer.BadParameter(f"expected cpu, got {device}")
-        unknown = set(impls.split(",")) - set(IMPLS)
-        if unknown:
-            raise typer.BadParameter(f"expected implementations among {', '.join(IMPLS)}, got {', '.join(unknown)}")
-        rows = measure(op, shape.split(","), [int(b) for b in batch.split(",")], threads, impls.split(","))
+        if device not in ("cpu", "cuda"):
+            raise typer.BadParameter(f"expected cpu or cuda, got {device}")
+        known = IMPLS if device == "cpu" else _gpu.IMPLS[op]
+        chosen = impls.split(",") if impls else list(known)
+        if unknown := set(chosen) - set(known):
+            raise typer.BadParameter(f"expected implementations among {', '.join(known)}, got {', '.join(unknown)}")
+        batches = [int(b) for b in (batch or ("1,8" if device == "cpu" else "1,64,256")).split(",")]
+        if device == "cuda":
+            _gpu.expect_gpu()
+            _gpu.bench(op, shape.split(","), batches, out, limit=limit, impls=chosen)
+            return
+        rows = measure(op, shape.split(","), batches, threads, chosen)
         show(rows)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)

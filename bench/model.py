@@ -1,10 +1,13 @@
 """Whole models: the pruned shape in prunevit against every peer, and against its dense original in every peer.
 
     python bench/model.py --device cpu --shapes snp_deit_small --batch 1,8 --threads 2 --out bench/results
+    python bench/model.py --device cuda --shapes snp_deit_small --batch 1,64,256
+    python bench/model.py --roofline --shapes snp_deit_tiny --batch 8
 
 Rows: shape, batch, threads, impl, ms_p50, ms_p20, ms_p80, img_per_s, gflops, fraction_of_peak, ratio_to_best_peer; and
 for each shape ``pruned_over_dense`` beside the MACs ratio. ``gflops`` counts the multiply-accumulates that an
-implementation runs: prunevit leaves out the last block's rows that no one reads, the peers do not.
+implementation runs: prunevit leaves out the last block's rows that no one reads, the peers do not. ``_gpu.py`` has what
+is compared on a GPU; ``--roofline`` shows where the time goes, step by step, on either.
 """
 
 from __future__ import annotations
@@ -13,17 +16,20 @@ import csv
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
+import _gpu
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from prunevit import shapes
+from prunevit import PrunedViT, Runtime, shapes
 from prunevit._machine import machine
 from prunevit.benchmark import MODEL_PEERS, PeerFailed, compare, missing
+from prunevit.runtime.explain import Explanation
 
 console = Console(stderr=True)
 
@@ -128,32 +134,69 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def roofline(shape: str, batch: int, device: str, threads: int, rounds: int) -> Explanation:
+    """Every step of a shape beside the least time that it could take."""
+    torch.manual_seed(0)
+    runtime = Runtime(PrunedViT(shapes.get(shape)), device=device, threads=threads).warmup(batch)
+    return runtime.explain(batch, rounds)
+
+
+def roofline_table(shape: str, it: Explanation) -> Table:
+    peaks = [f"{it.peaks.flops / 1e9:.0f} GFLOP/s", f"{it.peaks.memory / 1e9:.0f} GB/s"]
+    peaks += [f"{it.peaks.exps / 1e9:.0f} G exponentials/s"] if it.peaks.exps is not None else []
+    table = Table(title=f"{shape}, batch {it.batch}, {it.dtype} on {it.device}; {', '.join(peaks)} at most")
+    for column in ("step", "µs", "floor µs", "of floor", "bound by", "kernel"):
+        table.add_column(column, justify="right" if "µs" in column or column == "of floor" else "left", no_wrap=True)
+    for step in it.steps:
+        times = f"{1e3 * step.ms:.1f}", f"{1e3 * step.floor_ms:.1f}", f"{step.floor_ms / step.ms:.0%}"
+        table.add_row(step.name, *times, step.bound, step.kernel)
+    floor = sum(step.floor_ms for step in it.steps)
+    whole = f"{1e3 * it.call_ms:.1f}", f"{1e3 * floor:.1f}", f"{floor / it.call_ms:.0%}"
+    table.add_row("a whole call", *whole, "", "", style="bold")
+    return table
+
+
 def main(
-    device: str = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     shapes_: Annotated[str, typer.Option("--shapes", help="names, comma-separated")] = ",".join(GOALS),
-    batch: Annotated[str, typer.Option(help="batch sizes, comma-separated")] = "1,8",
+    batch: Annotated[str, typer.Option(help="batch sizes, comma-separated; 1,8 and on a GPU 1,64,256")] = "",
     threads: int = 2,
     rounds: int = 9,
     seconds: Annotated[float, typer.Option(help="of one peer's turn in one round")] = 0.4,
-    out: Annotated[Path | None, typer.Option(help="folder for model-cpu.json, .csv and .png")] = None,
+    impls: Annotated[str, typer.Option(help="on a GPU, implementations, comma-separated; all by default")] = "",
+    out: Annotated[Path | None, typer.Option(help="folder for the .json, .csv and .png files")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="write the rows to this file")] = None,
+    limit: Annotated[float, typer.Option(help="seconds after which a GPU begins no further shape")] = 300,
+    roofline_: Annotated[bool, typer.Option("--roofline", help="only the time of each step beside its floor")] = False,
 ) -> None:
-    if device != "cpu":
-        console.print(f"expected --device cpu, got {device!r}: the GPU's peers are not written yet")
-        raise typer.Exit(2)
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"expected cpu or cuda, got {device}")
+    names, batches = shapes_.split(","), [int(size) for size in (batch or _batches(device)).split(",")]
+    if device == "cuda":
+        _gpu.expect_gpu()
+    if roofline_:
+        for shape, size in product(names, batches):
+            Console(width=150).print(roofline_table(shape, roofline(shape, size, device, threads, rounds)))
+        return
+    if device == "cuda":
+        _gpu.bench("model", names, batches, out, limit=limit, impls=impls.split(",") if impls else None)
+        return
     for name in MODEL_PEERS:
         if (reason := missing(name)) is not None:
             console.print(f"[yellow]{name} is left out:[/] {reason}")
     rows: list[dict[str, Any]] = []
-    for shape in shapes_.split(","):
-        for size in map(int, batch.split(",")):
-            try:
-                rows += measure(shape, size, threads, rounds, seconds)
-            except PeerFailed as error:
-                console.print(f"[red]{shape}, batch {size}:[/] {error}")
-                raise typer.Exit(1) from error
-            write({"environment": environment(threads), "rows": rows}, out, json_)  # what is measured is kept
+    for shape, size in product(names, batches):
+        try:
+            rows += measure(shape, size, threads, rounds, seconds)
+        except PeerFailed as error:
+            console.print(f"[red]{shape}, batch {size}:[/] {error}")
+            raise typer.Exit(1) from error
+        write({"environment": environment(threads), "rows": rows}, out, json_)  # what is measured is kept
     Console().print(table_of(rows))
+
+
+def _batches(device: str) -> str:
+    return "1,8" if device == "cpu" else "1,64,256"
 
 
 def write(record: dict[str, Any], out: Path | None, json_: Path | None) -> None:

@@ -13,6 +13,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -46,8 +47,10 @@ class Peer:
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         job = json.dumps({**self.job, "impl": self.name, "threads": threads})
         command = [sys.executable, *self.program, job]
+        # a file: what autotuning prints would fill a pipe that no one reads
+        self.words = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open as long as the process runs
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words, text=True, env=env
         )
 
     def ready(self) -> None:
@@ -69,18 +72,19 @@ class Peer:
         os.kill(self.process.pid, signal.SIGCONT)
         self.process.terminate()
         self.process.wait()
+        self.words.close()
 
     def _pause(self) -> None:
         os.kill(self.process.pid, signal.SIGSTOP)
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
-        assert self.process.stderr is not None
         for line in self.process.stdout:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        raise PeerFailed(f"{self.name}: {self.process.stderr.read().strip().splitlines()[-1:]}")
+        self.words.seek(0)
+        raise PeerFailed(f"{self.name}: {self.words.read().strip().splitlines()[-1:]}")
 
     @property
     def times(self) -> list[float]:
@@ -98,12 +102,13 @@ def run_interleaved(
     rounds: int = 9,
     seconds: float = 0.4,
     progress: Callable[[str], None] = lambda _: None,
+    at_once: int = BUILT_AT_ONCE,
 ) -> None:
-    """Build every peer, then let them run in turn; the order is reversed every other round."""
+    """Build every peer, ``at_once`` together, then let them run in turn; the order is reversed every other round."""
     started: list[Peer] = []
     try:
-        for first in range(0, len(peers), BUILT_AT_ONCE):
-            group = peers[first : first + BUILT_AT_ONCE]
+        for first in range(0, len(peers), at_once):
+            group = peers[first : first + at_once]
             progress(f"building {', '.join(peer.name for peer in group)}")
             for peer in group:
                 peer.start(threads)

@@ -23,7 +23,7 @@ from ..spec import ViTSpec
 from .engine import Program
 from .peaks import PeakProbe, Peaks
 from .plan import Step
-from .work import kernel_of, useful_bytes, work_of
+from .work import exponentials, kernel_of, useful_bytes, work_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class StepReport:
     """One step for a whole batch. ``macs`` and ``bytes`` are useful work; ``executed_macs`` count what pads tiles too.
 
-    ``bytes`` are inputs, weights and outputs, each moved once. ``bound`` says which of the machine's two peaks the step
+    ``bytes`` are inputs, weights and outputs, each moved once. ``bound`` says which of the machine's peaks the step
     would meet first if nothing else held it back, ``floor_ms`` when.
     """
 
@@ -50,7 +50,7 @@ class StepReport:
     gflops: float
     peak_share: float
     floor_ms: float
-    bound: Literal["compute", "memory"]
+    bound: Literal["compute", "memory", "exponentials"]
     kernel: str
     why: str
 
@@ -285,7 +285,10 @@ def _report(
     step: Step, packed: Any, buffers: list[Tensor], ms: float, batch: int, target: Target, peaks: Peaks
 ) -> StepReport:
     macs, moved = step.macs * batch, useful_bytes(step.op, buffers, target)
-    compute, memory = 2 * macs / peaks.flops, moved / peaks.memory
+    least = {"compute": 2 * macs / peaks.flops, "memory": moved / peaks.memory}
+    if peaks.exps is not None:
+        least["exponentials"] = exponentials(step.op, buffers) / peaks.exps
+    bound: Any = max(least, key=least.__getitem__)
     gflops = 2e-6 * macs / ms
     kernel, executed = kernel_of(step.op, packed, buffers, target)
     return StepReport(
@@ -299,8 +302,8 @@ def _report(
         ms=ms,
         gflops=gflops,
         peak_share=1e9 * gflops / peaks.flops,
-        floor_ms=1e3 * max(compute, memory),
-        bound="compute" if compute >= memory else "memory",
+        floor_ms=1e3 * least[bound],
+        bound=bound,
         kernel=kernel.name,
         why=kernel.why,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ CACHED, FROM_MEMORY = 2**18, 2**26  # bytes a thread that an L2 cache holds, byt
 
 @dataclass(frozen=True)
 class Peaks:
-    """``flops`` FLOP/s (two a multiply-add), ``memory`` and ``cache`` bytes/s; None where there is no probe.
+    """``flops`` FLOP/s (two a multiply-add), ``memory`` and ``cache`` bytes/s, exponentials a second; None: no probe.
 
     ``flops`` is the best of the probe's samples, since a peak is a most; ``calm`` is their median as a share of it:
     far below one on a machine that was busy with something else.
@@ -31,6 +32,7 @@ class Peaks:
     memory: float
     cache: float | None
     probe: str
+    exps: float | None = None
 
 
 class PeakProbe:
@@ -41,7 +43,8 @@ class PeakProbe:
         native = target.device.type == "cpu" and cpu_extension_built()
         self.native: Any = extension() if native else None
         self.flops: list[float] = []
-        self._sized = 4096 if target.device.type == "cuda" else 512
+        self._sized = 8192 if target.device.type == "cuda" else 512
+        self._factor: torch.Tensor | None = None
 
     def sample(self) -> float:
         """One measurement of the multiply-add rate, FLOP/s."""
@@ -57,7 +60,7 @@ class PeakProbe:
             probe = f"{self.target.threads} threads of multiply-adds in registers, {self.native.isa()}"
             return Peaks(flops, calm, *self._bandwidths(), probe)
         probe = f"a {self._sized} × {self._sized} matrix product in PyTorch"
-        return Peaks(flops, calm, self._copy(), None, probe)
+        return Peaks(flops, calm, self._copy(), None, probe, self._exponentials())
 
     def _bandwidths(self) -> tuple[float, float | None]:
         """From memory and from cache: the best of three, as the peak is the best of its samples."""
@@ -69,21 +72,46 @@ class PeakProbe:
 
     def _matmul(self) -> float:
         size, device = self._sized, self.target.device
-        a = torch.ones(size, size, device=device, dtype=self.target.dtype)
-        out = torch.empty_like(a)
+        if self._factor is None:  # random: a GPU multiplies constants faster
+            self._factor = torch.randn(size, size, device=device).to(self.target.dtype)
+        a, out = self._factor, torch.empty_like(self._factor)
         return 2 * size**3 / self._seconds(lambda: torch.mm(a, a, out=out))
 
     def _copy(self) -> float:
-        a = torch.ones(FROM_MEMORY // 4, device=self.target.device)
+        """A copy that no cache holds, not even a GPU's."""
+        on_gpu = self.target.device.type == "cuda"
+        a = torch.ones(FROM_MEMORY * (16 if on_gpu else 1) // 4, device=self.target.device)
         out = torch.empty_like(a)
         return 2 * a.nbytes / self._seconds(lambda: out.copy_(a))
+
+    def _exponentials(self) -> float | None:
+        """16 a clock and multiprocessor, at the clock that the product has just run at."""
+        if self.target.device.type != "cuda":
+            return None
+        query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", f"--id={self._gpu_index()}"]
+        try:
+            clock = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            return None
+        properties = torch.cuda.get_device_properties(self.target.device)
+        return 16 * int(properties.multi_processor_count) * float(clock) * 1e6
+
+    def _gpu_index(self) -> str:
+        """As nvidia-smi counts: CUDA_VISIBLE_DEVICES does not renumber there, so by its UUID."""
+        return f"GPU-{torch.cuda.get_device_properties(self.target.device).uuid}"
 
     def _seconds(self, call: Callable[[], object]) -> float:
         call()
         self._wait()
+        if self.target.device.type == "cuda":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            first.record()
+            call()
+            last.record()
+            self._wait()
+            return float(first.elapsed_time(last)) / 1e3
         start = time.perf_counter()
         call()
-        self._wait()
         return time.perf_counter() - start
 
     def _wait(self) -> None:

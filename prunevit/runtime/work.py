@@ -99,6 +99,16 @@ def _span(widths: Sequence[int]) -> str:
     return str(low) if low == high else f"{low}–{high}"
 
 
+def exponentials(op: Op, buffers: Sequence[Tensor]) -> int:
+    """Of the softmax: one for each query and key of each head. A GPU has few units for them, and narrow heads wait."""
+    if not isinstance(op, RaggedAttention | TokenScores):
+        return 0
+    batch, keys = buffers[0].shape[:2]
+    scored = 1 if isinstance(op, TokenScores) and op.rule == "class_attention" else keys
+    queries = buffers[1].shape[1] if isinstance(op, RaggedAttention) else scored
+    return int(batch * queries * keys * len(op.heads))
+
+
 def useful_bytes(op: Op, buffers: Sequence[Tensor], target: Target) -> int:
     """Inputs and weights read once, outputs written once, without any padding; x is both where it is updated."""
     size = target.dtype.itemsize

@@ -1,0 +1,227 @@
+"""Ops and whole models on an NVIDIA GPU, against their peers: interleaved rounds, every one in its own process.
+
+    python bench/fused_mlp.py --device cuda --shapes snp_deit_tiny --batch 1,256 --out bench/results
+
+What has been measured is written after every shape. When ``--limit`` seconds are over, no further shape is begun, and
+the command that does the rest is printed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from _works import Work, blocks_of, cost, floor_ms, goals
+from rich.console import Console
+from rich.table import Table
+
+from prunevit import shapes
+from prunevit._machine import machine
+from prunevit.benchmark import Peer, run_interleaved, speedup
+
+IMPLS: dict[str, tuple[str, ...]] = {
+    "ragged_attention": ("prunevit", "sdpa padded", "sdpa grouped"),
+    "norm_linear": ("prunevit", "eager", "inductor max-autotune"),
+    "fused_mlp": ("prunevit", "triton", "eager", "inductor max-autotune"),
+    "model": (
+        "prunevit", "eager", "eager grouped", "compile max-autotune", "compile reduce-overhead",
+        "dense eager", "dense compile max-autotune", "dense compile reduce-overhead",
+    ),
+}  # fmt: skip
+OURS = ("prunevit", "triton")  # triton: our own fallback, no peer
+COLUMNS = ("shape", "batch", "best peer", "µs", "its µs", "× best", "goal", "of floor", "goal", "× dense", "MACs ratio")
+console = Console(stderr=True)
+
+
+def works_of(kind: str, name: str, batches: list[int]) -> list[Work]:
+    return [{"name": name, "batch": b} for b in batches] if kind == "model" else blocks_of(kind, name, batches)
+
+
+def measure(
+    kind: str,
+    works: list[Work],
+    impls: Sequence[str],
+    *,
+    device: str = "cuda",
+    dtype: str = "bfloat16",
+    rounds: int = 7,
+    seconds: float = 0.1,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Rows of all implementations for some works, timed in turn."""
+    job = {"kind": kind, "works": works, "device": device, "dtype": dtype}
+    program = (str(Path(__file__).with_name("_gpu_worker.py")),)
+    peers = [Peer(impl, job, program) for impl in impls]
+    probe = Peer("peak", job, program)
+    everyone = [*peers, probe]
+    # all start at once; a lock lets one build at a time
+    run_interleaved(
+        everyone, threads=4, rounds=rounds, seconds=seconds * len(works), progress=progress, at_once=len(everyone)
+    )
+    return rows_of(kind, works, peers, probe.facts)
+
+
+def rows_of(kind: str, works: list[Work], peers: list[Peer], peaks: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a work and implementation; what stands beside a goal is in ours."""
+    rows = []
+    for i, work in enumerate(works):
+        one = {peer.name: Peer(peer.name, peer.job, samples=[[s[i]] for s in peer.samples]) for peer in peers}
+        ours = one["prunevit"]
+        (ours_peer,) = (peer for peer in peers if peer.name == "prunevit")
+        costs = ours_peer.facts["costs"][i] if kind == "model" else [cost(kind, work)]
+        floor = floor_ms(costs, peaks)
+
+        def median(peer: Peer) -> float:
+            return peer.quantile(0.5)
+
+        same = [peer for name, peer in one.items() if name not in OURS and not name.startswith("dense ")]
+        dense = [peer for name, peer in one.items() if name.startswith("dense ")]
+        best, best_dense = min(same, key=median, default=None), min(dense, key=median, default=None)
+        goal, floor_goal = goals(kind, work)
+        for name, peer in one.items():
+            ms = median(peer)
+            row: dict[str, Any] = {
+                "op": kind,
+                "shape": work["name"] + (f".block{work['block']}" if "block" in work else ""),
+                "batch": work["batch"],
+                "impl": name,
+                "us_p50": 1e3 * ms,
+                "us_p20": 1e3 * peer.quantile(0.2),
+                "us_p80": 1e3 * peer.quantile(0.8),
+                "img_per_s": 1e3 * work["batch"] / ms,
+                "tflops": sum(flops for flops, _, _ in costs) / ms / 1e9,
+                "floor_us": 1e3 * floor,
+                "fraction_of_floor": None if name.startswith("dense ") else floor / ms,
+            }
+            if peer is ours and best is not None:
+                row |= {"best_peer": best.name, "ratio_to_best_peer": speedup(ours, best), "goal_ratio": goal}
+                row |= {"goal_fraction_of_floor": floor_goal}
+            if peer is ours and best_dense is not None:
+                ratio = shapes.get(shapes.dense_of(work["name"])).macs() / shapes.get(work["name"]).macs()
+                row |= {"best_dense_peer": best_dense.name, "pruned_over_dense": speedup(ours, best_dense)}
+                row |= {"macs_ratio": ratio}
+            peak_facts = {"peak_tflops": peaks["flops"] / 1e12, "peak_gb_s": peaks["bandwidth"] / 1e9}
+            rows.append({key: _rounded(value) for key, value in {**row, **peak_facts}.items()})
+    return rows
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """A line a shape and batch: how prunevit stands beside its goals."""
+    table = Table(title=f"{rows[0]['op']}: {rows[0]['peak_tflops']} TFLOP/s, {rows[0]['peak_gb_s']} GB/s measured")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("shape", "best peer") else "right")
+
+    def times(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2f} ×"
+
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{value:.0%}"
+
+    for row in (row for row in rows if row["impl"] == "prunevit"):
+        same = (r for r in rows if (r["shape"], r["batch"]) == (row["shape"], row["batch"]))
+        best = next((r["us_p50"] for r in same if r["impl"] == row.get("best_peer")), None)
+        table.add_row(
+            row["shape"], str(row["batch"]), row.get("best_peer", "–"), f"{row['us_p50']:.1f}",
+            "–" if best is None else f"{best:.1f}", times(row.get("ratio_to_best_peer")), times(row.get("goal_ratio")),
+            share(row["fraction_of_floor"]), share(row.get("goal_fraction_of_floor")),
+            times(row.get("pruned_over_dense")), times(row.get("macs_ratio")),
+        )  # fmt: skip
+    return table
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """How many times faster than the best peer, beside the goal; a bar a shape and batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ours = [row for row in rows if row["impl"] == "prunevit" and "ratio_to_best_peer" in row]
+    figure, axis = plt.subplots(figsize=(9, 1.5 + 0.22 * len(ours)))
+    places = range(len(ours))
+    axis.barh(places, [row["ratio_to_best_peer"] for row in ours], color="#d1495b", height=0.7)
+    for place, row in enumerate(ours):
+        if row["goal_ratio"] is not None:
+            axis.plot([row["goal_ratio"]] * 2, [place - 0.45, place + 0.45], color="#2e4057")
+    axis.set_yticks(places, [f"{row['shape']}, batch {row['batch']}" for row in ours], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("times faster than the best peer (line: goal)")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write(kind: str, record: dict[str, Any], out: Path) -> None:
+    """JSON, CSV and a picture, named by the GPU; rows that the JSON file has from earlier runs stay."""
+    gpu = re.sub(r"[^a-z0-9]+", "-", str(record["environment"]["gpu"] or "no-gpu").lower()).strip("-")
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"{kind}-{gpu}.json"
+    new = {(row["shape"], row["batch"]) for row in record["rows"]}
+    old = json.loads(file.read_text("utf-8"))["rows"] if file.exists() else []
+    rows = [row for row in old if (row["shape"], row["batch"]) not in new] + record["rows"]
+    file.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n", "utf-8")
+    with file.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows, file.with_suffix(".png"))
+
+
+def environment(dtype: str) -> dict[str, Any]:
+    """What a number travels with."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    versions = {"triton": _version("triton"), "cuda": torch.version.cuda}
+    return {**machine(), **versions, "dtype": dtype, "commit": commit.stdout.strip(), "command": " ".join(sys.argv)}
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def bench(
+    kind: str, names: list[str], batches: list[int], out: Path | None, *, limit: float, dtype: str = "bfloat16",
+    impls: Sequence[str] | None = None, device: str = "cuda", rounds: int = 7,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Measure shape after shape until the limit; print the table, write the files."""
+    begun, rows = time.monotonic(), list[dict[str, Any]]()
+    left = list(names)
+    while left and (not rows or time.monotonic() - begun < limit):
+        name = left.pop(0)
+        with console.status("") as status:
+            works = works_of(kind, name, batches)
+            label = f"{kind}, {name}: "
+            rows += measure(
+                kind, works, impls or IMPLS[kind], device=device, dtype=dtype, rounds=rounds,
+                progress=lambda text, label=label: status.update(label + text),
+            )  # fmt: skip
+        if out is not None:
+            write(kind, {"environment": environment(dtype), "rows": rows}, out)
+    Console(width=150).print(table_of(rows))
+    if left:
+        sizes = ",".join(map(str, batches))
+        again = f"python bench/{kind}.py --device {device} --batch {sizes} --shapes {','.join(left)}"
+        console.print(f"[yellow]{limit:.0f} s are over; the rest:[/] {again}")
+    return rows
+
+
+def expect_gpu() -> None:
+    """End with a sentence where there is no GPU."""
+    if not torch.cuda.is_available():
+        raise SystemExit("expected an NVIDIA GPU that PyTorch sees, got none")
+    if torch.cuda.get_device_capability() < (8, 0):
+        raise SystemExit(f"expected a GPU of sm_80 or newer, got {torch.cuda.get_device_name()}")

@@ -1,0 +1,209 @@
+"""One implementation on a GPU, in a process of its own: builds what a job names, then times it turn by turn.
+
+Times are by events on the GPU's own clock. A whole model is called as its users call it; an op is captured in a CUDA
+graph of ``REPEATS`` launches, ours and the peers' alike, so that what a launch costs the host does not count.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _works import TOKENS, Cost, Work, make, padded_spec, up8
+from torch import Tensor
+
+from prunevit import PrunedViT, Runtime, shapes
+from prunevit.runtime.work import exponentials, useful_bytes
+from prunevit_kernels import Target
+
+Run = Callable[[], object]
+REPEATS = 10
+COMPILED = {"compile max-autotune": "max-autotune", "compile reduce-overhead": "reduce-overhead"}
+
+
+def model_of(job: dict[str, Any], work: Work) -> Run:
+    """A whole model. Peers get the pruned model zero-padded to multiples of 8, or the dense original."""
+    impl, dtype = job["impl"], getattr(torch, job["dtype"])
+    torch.manual_seed(0)
+    spec = shapes.get(work["name"])
+    images = torch.randn(work["batch"], spec.in_chans, *spec.img_size, device=job["device"]).to(dtype)
+    if impl == "prunevit":
+        backend = "cuda" if job["device"] == "cuda" else "torch"
+        runtime = Runtime(PrunedViT(spec), device=job["device"], dtype=dtype, backend=backend).warmup(work["batch"])
+        work["costs"] = costs_of(runtime, images)
+        return lambda: runtime(images)
+    if impl.startswith("dense "):
+        impl, spec = impl.removeprefix("dense "), shapes.get(shapes.dense_of(work["name"]))
+    else:
+        spec = padded_spec(spec, grouped=impl == "eager grouped")
+    model = PrunedViT(spec).eval().to(job["device"], dtype)
+    if impl in COMPILED:
+        model = torch.compile(model, mode=COMPILED[impl], dynamic=False)
+    return lambda: model(images)
+
+
+def costs_of(runtime: Runtime, images: Tensor) -> list[Cost]:
+    """What each step of the plan costs at least."""
+    engine = runtime._engine
+    with engine.turn():
+        program = engine.program(images)
+        steps = zip(program.packed.plan.steps, program.buffers(images))
+        batch, target = len(images), runtime.target
+        return [
+            (2 * step.macs * batch, useful_bytes(step.op, views, target), exponentials(step.op, views))
+            for step, views in steps
+        ]
+
+
+def op_of(job: dict[str, Any], work: Work) -> Run:
+    """One op on buffers of its own; in place where the op is."""
+    impl, op, dtype = job["impl"], job["kind"], getattr(torch, job["dtype"])
+    on_gpu = job["device"] == "cuda"
+    target = Target("cuda", torch.device("cuda", 0), dtype) if on_gpu else Target("torch", dtype=dtype)
+    made, buffers = make(op, work, target)
+    if impl in ("prunevit", "triton"):
+        if impl == "triton":
+            from prunevit_kernels.fused_mlp._triton import pack
+
+            return pack(made, target).bind(*buffers)
+        return made.pack(target).bind(*buffers)
+    if op == "ragged_attention":
+        return attention_peer(impl, work, target)
+    function = padded(op, work, target)
+    if impl == "inductor max-autotune":
+        function = torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+    x = torch.randn(work["batch"], TOKENS, up8(work["e"]), device=target.device).to(dtype)
+    return lambda: function(x)
+
+
+def attention_peer(impl: str, work: Work, target: Target) -> Run:
+    """SDPA on heads zero-padded to one width, or one call for each class of widths; the padding itself is not timed."""
+    classes = [up8(max(qk, v)) for qk, v in zip(work["qk"], work["v"])]
+    widths = {max(classes): len(classes)} if impl == "sdpa padded" else {w: classes.count(w) for w in classes}
+
+    def random(heads: int, width: int) -> Tensor:
+        return torch.randn(work["batch"], heads, TOKENS, width, device=target.device).to(target.dtype)
+
+    qkvs = [[random(heads, width) for _ in range(3)] for width, heads in widths.items()]
+    return lambda: [F.scaled_dot_product_attention(*qkv) for qkv in qkvs]
+
+
+def padded(op: str, work: Work, target: Target) -> Callable[[Tensor], Tensor]:
+    """cuBLAS's linears around PyTorch's norm and activation, every width a multiple of 8."""
+    e, f = up8(work["e"]), up8(work["f"])
+    d = 2 * sum(up8(qk) for qk in work["qk"]) + sum(up8(v) for v in work["v"])
+
+    def linear(out: int, inside: int) -> tuple[Tensor, Tensor]:
+        weight, bias = torch.randn(out, inside) / inside**0.5, torch.randn(out)
+        return weight.to(target.device, target.dtype), bias.to(target.device, target.dtype)
+
+    if op == "norm_linear":
+        weight, bias = linear(d, e)
+        return lambda x: F.linear(F.layer_norm(x, (e,)), weight, bias)
+    (w1, b1), (w2, b2) = linear(f, e), linear(e, f)
+    return lambda x: x + F.linear(F.gelu(F.linear(F.layer_norm(x, (e,)), w1, b1)), w2, b2)
+
+
+def captured(run: Run) -> Run:
+    """``REPEATS`` launches as one graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPEATS):
+            run()
+    return graph.replay
+
+
+def event_times(run: Run, seconds: float) -> list[float]:
+    """Milliseconds of each call, for about ``seconds``."""
+    until, times = time.perf_counter() + seconds, list[float]()
+    while len(times) < 4 or time.perf_counter() < until:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(5)]
+        events[0].record()
+        for event in events[1:]:
+            run()
+            event.record()
+        torch.cuda.synchronize()
+        times += [a.elapsed_time(b) for a, b in pairwise(events)]
+    return times
+
+
+def wall_times(run: Run, seconds: float) -> list[float]:
+    """The same on a CPU, to try a benchmark where there is no GPU."""
+    start = time.perf_counter()
+    run()
+    return [1e3 * (time.perf_counter() - start)]
+
+
+def peaks(job: dict[str, Any]) -> dict[str, float]:
+    """FLOP/s of a large product of random matrices, bytes/s of a large copy, exponentials/s by the units and clock."""
+    device, on_gpu = job["device"], job["device"] == "cuda"
+    size, timed = (8192, event_times) if on_gpu else (256, wall_times)
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, job["dtype"])) for _ in range(2))
+    out = torch.empty_like(a)
+    flops = 2 * size**3 / statistics.median(timed(lambda: torch.mm(a, b, out=out), 0.5)) * 1e3
+    units = 1.0
+    if on_gpu:
+        clock = subprocess.run(
+            ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, check=True,
+        ).stdout.split()[0]  # fmt: skip
+        units = 16 * torch.cuda.get_device_properties(0).multi_processor_count * float(clock) * 1e6
+    source = torch.randn(size * size * 4, device=device)
+    copy = torch.empty_like(source)
+    moved = 2 * source.nbytes / statistics.median(timed(lambda: copy.copy_(source), 0.3)) * 1e3
+    return {"flops": flops, "bandwidth": moved, "exps": units}
+
+
+def built(job: dict[str, Any]) -> list[Run]:
+    """Every work of the job, warmed up. One process builds at a time: autotuning measures."""
+    with (Path(tempfile.gettempdir()) / "prunevit-gpu-build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        runs = []
+        for work in job["works"]:
+            run = model_of(job, work) if job["kind"] == "model" else op_of(job, work)
+            for _ in range(3):
+                run()
+            graph = job["kind"] != "model" and job["device"] == "cuda"
+            runs.append(captured(run) if graph else run)
+        return runs
+
+
+@torch.no_grad()
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    torch._dynamo.config.recompile_limit = 10_000
+    torch._dynamo.config.accumulated_recompile_limit = 100_000
+    if job["impl"] == "peak":
+        print(json.dumps({"built": "peak", **peaks(job)}), flush=True)
+        for _ in sys.stdin:
+            print(json.dumps({"ms": [0.0]}), flush=True)
+        return
+    runs = built(job)
+    timed = event_times if job["device"] == "cuda" else wall_times
+    repeats = 1 if job["kind"] == "model" or job["device"] != "cuda" else REPEATS
+    costs = [work["costs"] for work in job["works"] if "costs" in work]
+    print(json.dumps({"built": job["impl"], "costs": costs}), flush=True)
+    for line in sys.stdin:
+        each = float(line) / len(runs)
+        print(json.dumps({"ms": [statistics.median(timed(run, each)) / repeats for run in runs]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
