@@ -19,14 +19,11 @@ from safetensors.torch import save_file
 
 from ._atomic import previous_name, replace_directory
 from .errors import CheckpointError, SpecError
+from .models.origin import CONFIG, MAX_CONFIG_BYTES, MAX_PLAN_BYTES, PLAN, read_json
 from .models.registry import WEIGHTS, pretrained_cfg_of
 from .models.tensors import check_file, check_finite, check_shapes
 from .models.vit import PrunedViT
 from .spec import ViTSpec
-
-CONFIG, PLAN = "config.json", "plan.json"
-MAX_CONFIG_BYTES = 2**24  # 16 MiB: the largest timm configuration, with 21,841 described labels, has 2
-MAX_PLAN_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def load(path: str | os.PathLike[str]) -> PrunedViT:
     config = read_config(directory)
     weights = directory / WEIGHTS
     check_file(config.spec, weights)
-    plan = _read_json(directory / PLAN, MAX_PLAN_BYTES) if (directory / PLAN).exists() else None
+    plan = read_json(directory / PLAN, MAX_PLAN_BYTES) if (directory / PLAN).exists() else None
     model = PrunedViT(config.spec, device="meta")  # no memory yet: each tensor of the file becomes a parameter
     with safe_open(weights, framework="pt") as file:
         # cloned, because what safetensors gives is the mapped file, which someone may overwrite
@@ -107,7 +104,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
             hint = f"; a save was killed halfway: the old one is {previous}"
         raise CheckpointError(f"{directory}: expected a checkpoint directory, got {found}{hint}")
     file = directory / CONFIG
-    data = _read_json(file, MAX_CONFIG_BYTES)
+    data = read_json(file, MAX_CONFIG_BYTES)
     if data.get("architecture") != "prunevit":
         raise CheckpointError(f"{file}: architecture: expected 'prunevit', got {data.get('architecture')!r:.60}")
     args, provenance, cfg = (_object(file, data, name) for name in ("model_args", "prunevit", "pretrained_cfg"))
@@ -158,33 +155,6 @@ def _dumps(what: str, value: Any, indent: int | None = None) -> str:
         return json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{what}: expected plain JSON values, got {error}") from None
-
-
-def _read_json(file: Path, limit: int) -> dict[str, Any]:
-    try:
-        with file.open("rb") as stream:
-            raw = stream.read(limit + 1)
-    except OSError as error:
-        raise CheckpointError(f"{file}: expected a readable file, got {error.strerror}") from None
-    if len(raw) > limit:
-        raise CheckpointError(f"{file}: expected at most {limit} bytes, got more")
-    try:
-        data = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise CheckpointError(f"{file}: expected JSON, got {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(data).__name__}")
-    return data
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name}, which JSON does not have")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(data := dict(pairs)) != len(pairs):
-        raise ValueError("an object with one key twice")
-    return data
 
 
 def _object(file: Path, data: dict[str, Any], name: str) -> dict[str, Any]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from timm.layers import resample_abs_pos_embed
 from timm.models import PretrainedCfg, build_model_with_cfg, register_model
+from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
 from ..errors import SpecError
 from ..spec import ViTSpec
+from .origin import read_origin
 from .tensors import check_file, check_finite, check_shapes
 from .vit import PrunedViT
 
@@ -56,7 +58,29 @@ def prunevit(
         feature_cfg={"out_indices": min(3, source.depth), "feature_cls": "getter"},
         **kwargs,
     )
+    if pretrained and (found := _finder(cfg, kwargs.get("cache_dir"))) is not None:
+        built: Any = getattr(model, "model", model)  # features_only wraps it
+        built.plan, built.provenance = read_origin(found)
     return model
+
+
+def _finder(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> Callable[[str], Path | None] | None:
+    """Finds the files that lie beside a checkpoint's weights; None where weights come from nowhere that has any."""
+    if cfg.get("source") == "local-dir":
+        folder = Path(str(cfg["file"]))
+        return lambda name: path if (path := folder / name).exists() else None
+    if cfg.get("source") != "hf-hub":
+        return None
+
+    def download(name: str) -> Path | None:
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return Path(download_from_hf(cfg["hf_hub_id"], name, cache_dir))
+        except EntryNotFoundError:
+            return None
+
+    return download
 
 
 def pretrained_cfg_of(spec: ViTSpec, base: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from timm.data import resolve_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models import PretrainedCfg
@@ -20,6 +21,7 @@ from prunevit import checkpoint
 from prunevit.errors import CheckpointError, SpecError
 from prunevit.models import PrunedViT
 from prunevit.models.registry import pretrained_cfg_of
+from prunevit.pruning import Plan, prune
 from tests.specs import SPECS, random_images, random_model
 
 
@@ -113,6 +115,22 @@ def test_no_overrides_no_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert tuple(resolve_data_config(model=model)["input_size"]) == (3, 12, 16)
 
 
+def test_plan_and_provenance_come_with_the_weights(tmp_path: Path) -> None:
+    small = prune(random_model(SPECS["uniform"]), "magnitude", {"macs": "60%"})
+    directory = checkpoint.save(small, tmp_path / "vit")
+    loaded, images = checkpoint.load(directory), random_images(SPECS["uniform"])
+    for again in (created(directory), created(directory, num_classes=3), created(directory, features_only=True).model):
+        assert again.plan == loaded.plan == json.loads(json.dumps(small.plan))
+        assert again.provenance == loaded.provenance
+    again = created(directory)
+    with torch.no_grad():
+        torch.testing.assert_close(Plan.from_dict(again.plan).lift(again)(images), small(images), rtol=1e-4, atol=1e-4)
+    assert timm.create_model(f"local-dir:{directory}").plan is None, "other weights have no plan"
+    (directory / "plan.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"plan\.json: expected a JSON object"):
+        created(directory)
+
+
 def test_half_precision_weights_load_into_fp32(tmp_path: Path) -> None:
     directory = checkpoint.save(random_model(SPECS["uniform"]).to(torch.bfloat16), tmp_path / "vit")
     assert {p.dtype for p in created(directory).parameters()} == {torch.float32}
@@ -129,6 +147,7 @@ def test_without_weights() -> None:
 def test_the_hub_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As ``hf-hub:`` goes, with the download taken out: config parsed by timm, weights asked for by their safe name."""
     model, images = random_model(SPECS["uniform"]), random_images(SPECS["uniform"])
+    model.provenance = {"base_model": "uniform"}
     directory = checkpoint.save(model, tmp_path / "vit")
     config = json.loads((directory / "config.json").read_text("utf-8"))
     cfg, name, args = _parse_model_cfg(config, {"hf_hub_id": "someone/vit", "source": "hf-hub"})
@@ -140,10 +159,19 @@ def test_the_hub_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((hub_id, filename))
         return dict(model.state_dict())
 
+    def file(hub_id: str, filename: str, cache_dir: object) -> str:
+        asked.append((hub_id, filename))
+        if filename == "plan.json":
+            raise EntryNotFoundError("no such file")
+        return str(directory / filename)
+
+    monkeypatch.setattr(registry, "download_from_hf", file)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", download)
     monkeypatch.setattr("timm.models._builder.has_hf_hub", lambda necessary: True)
     again: Any = timm.create_model(name, pretrained=True, pretrained_cfg=cfg, **args)
-    assert asked == [("someone/vit", "model.safetensors")]
+    assert asked == [("someone/vit", name) for name in ("model.safetensors", "config.json", "plan.json")]
+    assert again.provenance["base_model"] == "uniform"
+    assert again.plan is None
     with torch.no_grad():
         assert torch.equal(again.eval()(images), model(images))
 

@@ -1,0 +1,51 @@
+"""Where a checkpoint's model comes from: its plan and provenance, and the strict JSON that they are read as."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+CONFIG, PLAN = "config.json", "plan.json"
+MAX_CONFIG_BYTES = 2**24  # 16 MiB: the largest timm configuration, with 21,841 described labels, has 2
+MAX_PLAN_BYTES = 2**28
+
+
+def read_origin(find: Callable[[str], Path | None]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The plan (None where there is none) and the provenance of a checkpoint, whose files ``find`` finds by name."""
+    config, plan = find(CONFIG), find(PLAN)
+    provenance = {} if config is None else read_json(config, MAX_CONFIG_BYTES).get("prunevit", {})
+    if not isinstance(provenance, dict):
+        raise CheckpointError(f"{config}: prunevit: expected an object, got {provenance!r:.60}")
+    return None if plan is None else read_json(plan, MAX_PLAN_BYTES), provenance
+
+
+def read_json(file: Path, limit: int) -> dict[str, Any]:
+    """A JSON object: no constants that JSON does not have, no key twice, at most ``limit`` bytes."""
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(limit + 1)
+    except OSError as error:
+        raise CheckpointError(f"{file}: expected a readable file, got {error.strerror}") from None
+    if len(raw) > limit:
+        raise CheckpointError(f"{file}: expected at most {limit} bytes, got more")
+    try:
+        data = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise CheckpointError(f"{file}: expected JSON, got {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name}, which JSON does not have")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(data := dict(pairs)) != len(pairs):
+        raise ValueError("an object with one key twice")
+    return data
