@@ -3,6 +3,8 @@
 # make check   ruff, mypy, import-linter, one op one name
 # make sanitize  the C++ kernels' tests under AddressSanitizer and UBSan
 # make bench   whole models against eager, torch.compile, ONNX Runtime and OpenVINO; fills the README's table
+# make gpu     PART=tests|ragged_attention|norm_linear|fused_mlp|model SHAPES= BATCH= OUT= WHEELS=: on a machine with a GPU,
+#              with PYTHON as it is (no VENV): docs/performance-gpu.md
 # make compile-check  what the compilers made of the GPU kernels, without a GPU
 # Set PYTHON to choose an interpreter (3.11 or newer), VENV to choose where it is installed.
 
@@ -11,7 +13,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test check bench compile-check sanitize clean
+.PHONY: demo test check bench gpu compile-check sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/prunevit demo --out demo-out
@@ -29,6 +31,10 @@ check: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python bench/model.py --device cpu --out bench/results
 	$(BIN)/python bench/tables.py
+
+PART ?= tests
+gpu:
+	$(PYTHON) bench/gpu.py --part '$(PART)' --shapes '$(SHAPES)' --batch '$(BATCH)' --out '$(or $(OUT),bench/results)' $(if $(WHEELS),--wheels '$(WHEELS)') $(if $(DRY_RUN),--dry-run)
 
 compile-check: $(VENV)/.installed
 	$(BIN)/python -m prunevit_kernels.compile_check

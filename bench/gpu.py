@@ -1,0 +1,125 @@
+"""What ``make gpu`` runs, on a machine that has a GPU, torch, triton and nvcc, and perhaps no network.
+
+    python bench/gpu.py --part fused_mlp --shapes snp_deit_tiny --batch 1,256 --out bench/results --wheels wheels
+
+Installs the wheels that were brought along into a temporary folder, builds the extensions in place for this GPU alone,
+and runs one part. Needs nothing but Python's own library until that is done. ``--dry-run`` prints the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("tests", "ragged_attention", "norm_linear", "fused_mlp", "model")
+NEEDS = (
+    "matplotlib", "numpy", "pybind11", "pydantic", "pytest", "pytest_timeout", "rich", "safetensors", "setuptools",
+    "timm", "torch", "torchvision", "triton", "typer", "yaml",
+)  # fmt: skip
+SECONDS = 460  # of one part, its build included: lent machines allow ten minutes a command
+GPU_TESTS = ("tests/kernels/gpu", "tests/kernels/cuda/test_on_gpu.py", "tests/runtime/test_on_gpu.py")
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="One part of what needs a GPU, in under eight minutes.")
+    parser.add_argument("--part", choices=PARTS, required=True)
+    parser.add_argument("--shapes", default="", help="published shapes, with commas; for tests, pytest's -k")
+    parser.add_argument("--batch", default="", help="batch sizes, with commas")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels to install first, without an index")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    return parser.parse_args(argv)
+
+
+def wheel_command(folder: Path, site: str) -> list[str]:
+    """Install a folder of wheels. Ends with a sentence where there are none."""
+    wheels = sorted(map(str, folder.glob("*.whl"))) if folder.is_dir() else []
+    if not wheels:
+        raise SystemExit(f"expected a folder of wheels in WHEELS, got {folder}")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    return [*pip, "--no-cache-dir", "--upgrade", "--target", site, *wheels]
+
+
+def environment(site: str, architecture: str) -> dict[str, str]:
+    """Paths of the checkout itself: nothing is installed but the wheels."""
+    paths = [str(ROOT), str(ROOT / "kernels"), site, os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PRUNEVIT_CUDA_ARCHS": architecture}
+
+
+def architecture() -> str:
+    """What nvcc calls this GPU. Ends with a sentence where there is none that the kernels run on."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("expected an NVIDIA GPU that PyTorch sees, got none: this part was not run")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        raise SystemExit(f"expected a GPU of sm_80 or newer, got {torch.cuda.get_device_name()}")
+    return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+
+
+def part_commands(args: argparse.Namespace) -> list[list[str]]:
+    """The build, and then the part."""
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    out = str(args.out.resolve())
+    if args.part == "tests":
+        parallel = ["-n", "8"] if find_spec("xdist") else []
+        chosen = ["-k", args.shapes] if args.shapes else []
+        report = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={out}/tests-gpu.xml"]
+        return [build, [sys.executable, "-m", "pytest", *report, *parallel, *chosen, *GPU_TESTS]]
+    options = [f"--{name}={value}" for name, value in (("shapes", args.shapes), ("batch", args.batch)) if value]
+    bench = [sys.executable, f"bench/{args.part}.py", "--device=cuda", *options]
+    commands = [build, [*bench, f"--out={out}", f"--limit={SECONDS - 200}"]]
+    if args.part == "model":
+        commands.append([*bench, "--roofline"])
+    return commands
+
+
+def missing(site: str) -> list[str]:
+    """The packages that neither this Python nor the wheels have."""
+    return [name for name in NEEDS if find_spec(name) is None and not (Path(site) / name).exists()]
+
+
+def run(command: list[str], extra: dict[str, str], until: float) -> int:
+    print("+", shlex.join(command), flush=True)
+    try:
+        return subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **extra}, timeout=until - time.monotonic()
+        ).returncode
+    except subprocess.TimeoutExpired:
+        print(f"stopped: the part's {SECONDS} s are over; what was written stays. Narrow it with SHAPES= or BATCH=.")
+        return 124
+
+
+def main(argv: list[str]) -> int:
+    args = arguments(argv)
+    until = time.monotonic() + SECONDS
+    with tempfile.TemporaryDirectory(prefix="prunevit-site-") as site:
+        install = [wheel_command(args.wheels, site)] if args.wheels else []
+        if args.dry_run:
+            for command in [*install, *part_commands(args)]:
+                print(shlex.join(command))
+            return 0
+        for command in install:
+            if failed := run(command, {}, until):
+                return failed
+        if absent := missing(site):
+            raise SystemExit(f"expected {', '.join(absent)} to be installed, or in WHEELS: docs/performance-gpu.md")
+        extra = environment(site, architecture())
+        args.out.mkdir(parents=True, exist_ok=True)
+        for command in part_commands(args):
+            if failed := run(command, extra, until):
+                return failed
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
