@@ -19,7 +19,7 @@ PackedLinear::PackedLinear(const Weight& w, std::vector<int> reads, std::vector<
   const int vectors = (out + isa.lanes - 1) / isa.lanes;
   const int padded = vectors * isa.lanes;
 
-  // A lone last vector joins the panel before it: three vectors by nine rows load less than one by fourteen.
+  // A lone last vector joins the panel before it: more vectors by fewer rows load less than one by fourteen.
   const bool lone = vectors % isa.panel == 1 && vectors > isa.panel;
   const int panels = (vectors + isa.panel - 1) / isa.panel - int(lone);
 

@@ -20,11 +20,13 @@ struct Tile {
 // b has k rows of V vectors.
 template <int M, int V, bool by_rows>
 INLINE void accumulate(Tile<M, V>& acc, const float* a, int64_t lda, const float* b, int k, Ahead ahead) {
-  // Three rows share a pointer, so that all addresses stay in registers.
-  const float* row[(M + 2) / 3];
+  // Up to nine rows have a pointer each, and step by one index; of more, three share a pointer, so that all addresses
+  // stay in registers.
+  enum { sharing = M > 9 ? 3 : 1 };
+  const float* row[(M + sharing - 1) / sharing];
   if (by_rows) {
-#pragma GCC unroll 8
-    for (int i = 0; i < (M + 2) / 3; ++i) row[i] = a + 3 * i * lda;
+#pragma GCC unroll 16
+    for (int i = 0; i < (M + sharing - 1) / sharing; ++i) row[i] = a + sharing * i * lda;
   }
   const auto step = [&](Tile<M, V>& sums, int p) __attribute__((always_inline)) {
     vf operand[V];
@@ -32,7 +34,7 @@ INLINE void accumulate(Tile<M, V>& acc, const float* a, int64_t lda, const float
     for (int v = 0; v < V; ++v) operand[v] = load(b + (p * V + v) * lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const vf left = splat(by_rows ? row[i / 3][(i % 3) * lda + p] : a[p * lda + i]);
+      const vf left = splat(by_rows ? row[i / sharing][(i % sharing) * lda + p] : a[p * lda + i]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sums.at[i][v] += left * operand[v];
     }

@@ -74,13 +74,13 @@ INSTANCES(scores_of, KeysFunction, scores_tile)
 INSTANCES(weights_of, KeysFunction, weights_tile)
 INSTANCES(values_of, ValuesFunction, values_tile)
 
-template <class Of1, class Of2>
-INLINE void by_keys(Of1 of1, Of2 of2, const float* k, int qk, int keys, const float* q, int vectors, float* s,
+template <class Of1, class Of2, class Of3>
+INLINE void by_keys(Of1 of1, Of2 of2, Of3 of3, const float* k, int qk, int keys, const float* q, int vectors, float* s,
                     float* top) {
   const int tiles = tile_count(keys, rows_of[vectors]);
   for (int i = 0; i < tiles; ++i) {
     const int first = tile_start(keys, tiles, i), m = tile_start(keys, tiles, i + 1) - first;
-    const KeysFunction function = vectors == 1 ? of1(m) : of2(m);
+    const KeysFunction function = vectors == 1 ? of1(m) : vectors == 2 ? of2(m) : of3(m);
     function(k + (int64_t)first * qk, qk, q, s + first * vectors * lanes, top);
   }
 }
@@ -131,11 +131,11 @@ void transpose_out(const float* from, int vectors, int count, int width, const f
 }
 
 void weights(const float* k, int qk, int keys, const float* q, int vectors, float* p, float* total) {
-  by_keys(weights_of<1>, weights_of<2>, k, qk, keys, q, vectors, p, total);
+  by_keys(weights_of<1>, weights_of<2>, weights_of<3>, k, qk, keys, q, vectors, p, total);
 }
 
 void scores(const float* k, int qk, int keys, const float* q, int vectors, float* s, float* most) {
-  by_keys(scores_of<1>, scores_of<2>, k, qk, keys, q, vectors, s, most);
+  by_keys(scores_of<1>, scores_of<2>, scores_of<3>, k, qk, keys, q, vectors, s, most);
 }
 
 void exponentials(float* s, int keys, int vectors, const float* most, float* total) {
@@ -155,7 +155,9 @@ void values(const float* v, int v_dim, int keys, const float* p, int vectors, fl
   const int tiles = tile_count(v_dim, rows_of[vectors]);
   for (int i = 0; i < tiles; ++i) {
     const int first = tile_start(v_dim, tiles, i), m = tile_start(v_dim, tiles, i + 1) - first;
-    const ValuesFunction function = vectors == 1 ? values_of<1>(m) : values_of<2>(m);
+    const ValuesFunction function = vectors == 1   ? values_of<1>(m)
+                                    : vectors == 2 ? values_of<2>(m)
+                                                   : values_of<3>(m);
     function(v + first, v_dim, keys, p, o + first * vectors * lanes, add, next_line(fetch, v));
   }
 }

@@ -5,7 +5,7 @@
 namespace prunevit {
 namespace PRUNEVIT_ISA {
 
-enum { tile_vectors = 2, tile_queries = tile_vectors * lanes, widest_head = 128, key_block = 256 };
+enum { tile_vectors = 3, tile_queries = tile_vectors * lanes, widest_head = 128, key_block = 256 };
 
 // Floats of scratch that a tile takes, whatever the head.
 enum { tile_scratch = (2 * widest_head + key_block + 8) * tile_queries };

@@ -67,18 +67,23 @@ TileFunction tile_of(int m) {
 
 void multiply_panel(const float* a, int64_t lda, int rows, const float* b, int vectors, int k, const float* next,
                     const Dest& dest) {
-  const int tiles = tile_count(rows, rows_of[vectors]);
+  const int tiles = tile_count(rows, rows_of[vectors]), lines = (vectors * lanes + 15) / 16;  // 16 floats a cache line
   Dest d = dest;
   for (int i = 0; i < tiles; ++i) {
     const int first = tile_start(rows, tiles, i), m = tile_start(rows, tiles, i + 1) - first;
-    const TileFunction function = vectors == 1 ? tile_of<1>(m) : vectors == 2 ? tile_of<2>(m) : tile_of<3>(m);
+    const TileFunction function = vectors == 1   ? tile_of<1>(m)
+                                  : vectors == 2 ? tile_of<2>(m)
+                                  : vectors == 3 ? tile_of<3>(m)
+                                                 : tile_of<max_vectors>(m);
     d.c = dest.c + first * dest.ldc;
     if (dest.part != nullptr) d.part = dest.part + first * dest.ldpart;
-    // The first tiles fetch the next panel, k lines each, and the next ones what the next panel's results go to.
-    const int lines = vectors * lanes / 16;
-    Ahead ahead = {a + first * lda, 0};
-    if (i < lines) ahead = {next + (int64_t)i * k * 16, 16};
-    else if (dest.next_c != nullptr && i < 2 * lines) ahead = {dest.next_c + (i - lines) * 16, dest.ldc};
+    // The first tiles share in fetching the next panel, the others fetch what the next panel's results go to, a column
+    // of lines each. Spread over many tiles the requests wait for nobody.
+    const bool results = dest.next_c != nullptr && tiles > lines;
+    const int fetching = !results ? tiles : tiles > 2 * lines ? tiles - lines : lines;
+    const int64_t size = (int64_t)k * vectors * lanes;
+    Ahead ahead = {next + size * i / fetching, vectors * lanes / fetching};
+    if (i >= fetching) ahead = {dest.next_c + (i - fetching) * 16, dest.ldc};
     function(a + first * lda, lda, b, k, ahead, d);
   }
 }

@@ -61,7 +61,7 @@ void attend_shifted(const HeadRows& head, const Work& w, Fetch& fetch) {
 // `count` queries against all keys.
 void attend(const HeadRows& head, const float* q, int64_t q_pitch, int count, float* out, int64_t out_pitch,
             float* scratch, Fetch& fetch) {
-  const int vectors = count <= lanes ? 1 : tile_vectors, queries = vectors * lanes;
+  const int vectors = (count + lanes - 1) / lanes, queries = vectors * lanes;
   Work w = {scratch, nullptr, nullptr, nullptr, nullptr, nullptr, vectors};
   w.p = w.q + widest_head * queries;
   w.o = w.p + key_block * queries;
@@ -78,6 +78,8 @@ struct RaggedAttentionStep final : Step {
   explicit RaggedAttentionStep(const RaggedAttention& op) : op(op) {}
 
   int64_t tiles() const { return (op.out.rows + tile_queries - 1) / tile_queries; }
+  // Tiles are whole vectors of queries, as nearly equal as those can be.
+  int64_t first_query(int64_t t) const { return (op.out.rows + lanes - 1) / lanes * t / tiles() * lanes; }
   int heads() const { return (int)op.qkv.batch * op.head_count; }  // of all images
   int64_t each_copy() const { return copied_floats(op.qkv.rows, widest_head); }
 
@@ -121,9 +123,9 @@ struct RaggedAttentionStep final : Step {
   }
 
   void tile(int which, int64_t t, const float* k, const float* v, float* scratch, Fetch& fetch) const {
-    const int64_t image = which / op.head_count, first = t * tile_queries, left = op.out.rows - first;
+    const int64_t image = which / op.head_count, first = first_query(t), stop = first_query(t + 1);
     const Head& head = op.heads[which % op.head_count];
-    const int queries = (int)(left < tile_queries ? left : (int64_t)tile_queries);
+    const int queries = (int)((stop < op.out.rows ? stop : op.out.rows) - first);
     const float* q = op.qkv.data + image * op.qkv.image + first * op.qkv.pitch + head.q_at;
     float* out = op.out.data + image * op.out.image + first * op.out.pitch;
     attend({k, v, (int)op.qkv.rows, head.qk, head.v}, q, op.qkv.pitch, queries, out + head.o_at, op.out.pitch, scratch,
