@@ -26,8 +26,7 @@ from .plan import Step
 from .work import exponentials, kernel_of, useful_bytes, work_of
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from .explain_text import StepTable
     from .runtime import Runtime
 
 
@@ -147,11 +146,11 @@ class Explanation:
 
         return page(self)
 
-    def table(self) -> Table:
+    def table(self) -> StepTable:
         """For a terminal, with rich."""
-        from .explain_text import table
+        from .explain_text import StepTable
 
-        return table(self)
+        return StepTable(self)
 
     def save_html(self, path: str | Path) -> Path:
         """Write the page."""

@@ -3,41 +3,59 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from .explain import Explanation, StepReport
 
 COLUMNS = ("step", "rows × in → out", "MMAC", "MB", "ms", "GFLOP/s", "of peak", "padding", "kernel")
+LEAVE_FIRST = ("kernel", "MB", "padding", "rows × in → out", "GFLOP/s")
 CALM = 0.85  # below this share of the best probe, times say more of the machine's load than of the model
 
 
-def table(it: Explanation) -> Table:
-    """A row a step, a section a block, and the whole call."""
-    made = Table(title=headline(it), box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    for place, name in enumerate(COLUMNS):
+class StepTable:
+    """A row a step, a section a block, and the whole call; in a narrow terminal fewer columns, never half a number."""
+
+    def __init__(self, it: Explanation) -> None:
+        self.it = it
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = list(COLUMNS)
+        roomy = options.update(max_width=1000)
+        for gone in (None, *LEAVE_FIRST):
+            if gone is not None:
+                columns.remove(gone)
+            made = _table(self.it, columns)
+            if Measurement.get(console, roomy, made).maximum <= options.max_width:
+                break
+        yield Text(headline(self.it), style="bold")
+        yield made
+        yield Text(caption(self.it), style="dim")
+        missing = [name for name in COLUMNS if name not in columns]
+        if missing:
+            yield Text(f"no room for {', '.join(missing)}: see a wider terminal, --html or --json", style="dim")
+
+
+def _table(it: Explanation, columns: Sequence[str]) -> Table:
+    made = Table(box=SIMPLE_HEAD, pad_edge=False)
+    places = [COLUMNS.index(name) for name in columns]
+    for name, place in zip(columns, places):
         made.add_column(name, justify="left" if place in (0, 1, 8) else "right", no_wrap=True)
+
+    def add(cells: Sequence[str], **how: Any) -> None:
+        made.add_row(*(cells[place] for place in places), **how)
+
     for step, after in zip(it.steps, (*it.steps[1:], None)):
-        ends = after is None or after.block != step.block
-        made.add_row(*_cells(step), end_section=ends)
-    made.add_row(
-        "a whole call",
-        "",
-        f"{it.macs / 1e6:.1f}",
-        "",
-        f"{it.call_ms:.3f}",
-        f"{it.gflops:.0f}",
-        f"{it.peak_share:.0%}",
-        _padding(it.waste),
-        "",
-        style="bold",
-    )
-    made.caption = caption(it)
-    made.caption_justify = "left"
+        add(_cells(step), end_section=after is None or after.block != step.block)
+    whole = f"{it.macs / 1e6:.1f}", "", f"{it.call_ms:.3f}", f"{it.gflops:.0f}", f"{it.peak_share:.0%}"
+    add(["a whole call", "", *whole, _padding(it.waste), ""], style="bold")
     return made
 
 
@@ -94,5 +112,5 @@ def _padding(waste: float | None) -> str:
 def text(it: Explanation) -> str:
     """The table without colours, wide enough for its longest row."""
     stream = io.StringIO()
-    Console(file=stream, width=160, color_system=None, highlight=False).print(table(it))
+    Console(file=stream, width=160, color_system=None, highlight=False).print(StepTable(it))
     return stream.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from prunevit.errors import InputError
 from prunevit.runtime import Runtime
@@ -134,6 +136,20 @@ def test_table_and_json_say_the_same(name: str) -> None:
     assert f"{data['call_ms']:.3f}" in text
     assert data["macs"] == sum(step["macs"] for step in data["steps"])
     assert data["spec"] == it.spec.to_dict()
+
+
+@pytest.mark.parametrize("width", [50, 80, 100, 200])
+def test_a_narrow_terminal_has_fewer_columns_and_whole_numbers(width: int) -> None:
+    it = explained("every_head_its_own_width")
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None).print(it.table())
+    shown = stream.getvalue()
+    assert "…" not in shown
+    for step in it.steps:
+        row = next(line for line in shown.splitlines() if step.name in line)
+        assert f"{step.ms:.3f}" in row.split()
+        assert f"{step.peak_share:.0%}" in row.split()
+    assert ("no room for kernel" in shown) == (width <= 100)
 
 
 class _Page(HTMLParser):
