@@ -38,6 +38,7 @@ gpu:
 
 compile-check: $(VENV)/.installed
 	$(BIN)/python -m prunevit_kernels.compile_check
+	$(BIN)/python -m prunevit.runtime.compile_check
 	$(BIN)/python -m pytest tests/kernels/cuda/test_machine_code.py
 
 # an instrumented copy of the kernels beside the ordinary one; leaks are not looked for, since Python keeps what it likes

@@ -11,7 +11,8 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from ._aot import compiling_for
+from ._aot import Build, build, compiling_for
 from ._configs import Problem, Tile, candidates
 from ._launch import Call, TritonOp
 from .target import Launch, Target
@@ -30,35 +31,57 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class _Compilation:
-    """What a process needs to compile a call: no tensor, only their dtypes."""
+class Compilation:
+    """All that decides what a call compiles to: no tensor, only their dtypes. Equal ones compile to the same."""
 
     module: str
     kernel: str
     args: tuple[Any, ...]
-    constants: dict[str, Any]
+    constants: tuple[tuple[str, Any], ...]
     tile: Tile
-    problem: Problem
-    capability: int
+    problem: Problem = field(compare=False)
 
     @classmethod
-    def of(cls, call: Call, capability: int) -> _Compilation:
-        args = tuple(arg.dtype if isinstance(arg, Tensor) else arg for arg in call.args)
+    def of(cls, call: Call) -> Compilation:
         fn = call.kernel.fn
-        return cls(fn.__module__, fn.__name__, args, call.constants, call.tile, call.problem, capability)
+        names = zip(call.args, call.kernel.params)
+        # a size that is never specialised on is any size
+        args = tuple(_kind(arg, bool(parameter.do_not_specialize)) for arg, parameter in names)
+        return cls(fn.__module__, fn.__name__, args, tuple(call.constants.items()), call.tile, call.problem)
 
-    def run(self) -> None:
+    def call(self) -> Call:
         kernel = getattr(import_module(self.module), self.kernel)
-        with compiling_for(self.capability, torch.bfloat16):
-            Call(kernel, 1, self.args, self.constants, self.tile, self.problem).compile()
+        return Call(kernel, 1, self.args, dict(self.constants), self.tile, self.problem)
+
+    def __str__(self) -> str:
+        constants = ", ".join(f"{name}={value}" for name, value in self.constants)
+        return f"{self.kernel}({constants}), {self.tile.warps} warps, {self.tile.stages} stages"
+
+
+def _kind(arg: Any, any_value: bool) -> Any:
+    if isinstance(arg, Tensor):
+        return arg.dtype
+    return 7 if any_value and type(arg) is int else arg
+
+
+def compiled(work: Compilation, capability: int) -> None:
+    """Compile for a GPU that need not be there, into Triton's disk cache."""
+    with compiling_for(capability, torch.bfloat16):
+        work.call().compile()
+
+
+def built(capability: int, work: Compilation) -> Build:
+    """The same, and what the compiler made."""
+    with compiling_for(capability, torch.bfloat16):
+        return build(work.call())
 
 
 def precompile(calls: Iterable[Call], capability: int, processes: int | None = None) -> int:
     """Fill Triton's disk cache with what the calls need; returns how many kernels that were."""
-    every = {repr(work): work for work in (_Compilation.of(call, capability) for call in calls)}
+    every = dict.fromkeys(map(Compilation.of, calls))
     # spawned, not forked: CUDA does not survive a fork
     with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        list(pool.map(_Compilation.run, every.values()))
+        list(pool.map(partial(compiled, capability=capability), every))
     return len(every)
 
 

@@ -69,6 +69,8 @@ def cuda_macs(op: Op, packed: PackedOp, buffers: Sequence[Tensor]) -> int | None
     if isinstance(op, RaggedAttention) and calls is not None:
         (call,) = calls(*buffers)
         return _triton_attention(call, packed, buffers)
+    if isinstance(op, TokenScores) and calls is not None:
+        return sum(_triton_scores(call, op, buffers) for call in calls(*buffers))
     if isinstance(op, NormLinear | LinearResidual | PatchEmbed | PoolHead | FusedMlp) and calls is not None:
         return sum(_triton_linear(call) for call in calls(*buffers))
     if isinstance(op, FusedMlp) and hasattr(packed, "extension"):
@@ -102,6 +104,14 @@ def _triton_attention(call: Any, packed: Any, buffers: Sequence[Tensor]) -> int:
     keys = keys // call.tile.block_n * call.tile.block_n + call.constants["TAIL"]
     widths = sum(sum(packed.menu[int(row[0])]) for row in packed.table.tolist())
     return int(batch * queries * keys * widths)
+
+
+def _triton_scores(call: Any, op: TokenScores, buffers: Sequence[Tensor]) -> int:
+    """Each launch multiplies whole blocks of queries by whole blocks of keys, all heads at the widest one's width."""
+    batch, keys = buffers[0].shape[:2]
+    queries = up(1 if op.rule == "class_attention" else keys, call.tile.block_m)
+    width = call.constants["Q0"] + call.constants["Q1"]
+    return int(batch * len(op.heads) * queries * up(keys, call.tile.block_n) * width)
 
 
 def _rows(buffer: Tensor) -> int:
