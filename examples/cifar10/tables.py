@@ -10,6 +10,7 @@ from typing import Any
 
 from grid import SCORES
 from methods import ALL, MAIN, UNTRAINED
+from setting import Setting
 
 NOT_RUN = "not run"
 WORDS = {"qk": "query-key pairs", "v": "values", "mlp": "MLP neurons", "channel": "residual channels", "head": "heads"}
@@ -195,16 +196,27 @@ def macs_at(accuracy: float, curve: list[tuple[float, float]]) -> float | None:
 
 
 def setup(r: Results) -> str:
-    """The dense model, and what has not been run."""
-    s, env = r.setting, r.environment
+    """The dense model, the command, and what has not been run."""
+    s, env, lines = r.setting, r.environment, []
+    side, worst = s["image"] // s["patch"], 50 / math.sqrt(s["probed"])
     found = r.find(stage="dense")
-    lines = []
+    trained = f"{s['epochs']} epochs"
+    if s["patch_drop"]:
+        trained += f" with {s['patch_drop']:.0%} of the patches dropped"
+    lines.append(
+        f"A ViT of width {s['width']}, depth {s['depth']}, {s['heads']} heads and patches of {s['patch']} pixels "
+        f"({side * side + 1} tokens), trained for {trained}."
+    )
     if found:
         facts = found[0]["facts"]
         lines.append(
-            f"The dense model has {facts['params'] / 1e6:.2f} M parameters and {facts['macs'] / 1e6:.1f} MMAC, and "
-            f"after {s['epochs']} epochs gets {facts['accuracy']:.1%} of {s['test']:,} test images right."
+            f"It has {facts['params'] / 1e6:.2f} M parameters and {facts['macs'] / 1e6:.1f} MMAC, and gets "
+            f"{facts['accuracy']:.1%} of {s['test']:,} test images right."
         )
+    lines.append(
+        f"Recovery is {s['steps']} steps of {s['batch']} images. Models that are cut and not trained are tested on "
+        f"{s['probed']:,} test images (standard error {worst:.1f} points at most)."
+    )
     small = r.find(stage="small")
     if small:
         facts = small[0]["facts"]
@@ -212,21 +224,31 @@ def setup(r: Results) -> str:
             f"A dense model of width {s['small_width']} ({facts['macs_share']:.1%} of the MACs), trained and recovered "
             f"in as many steps, gets {facts['accuracy']:.1%}."
         )
-    worst = 50 / math.sqrt(s["probed"])
-    lines.append(
-        f"Recovery is {s['steps']} steps of {s['batch']} images. Models that are cut and not trained are tested on "
-        f"{s['probed']:,} test images (standard error {worst:.1f} points at most). fp32, {env['threads']} threads of "
-        f"an {env['cpu']}; prunevit {env['prunevit']}, torch {env['torch']}, timm {env['timm']}."
-    )
+    lines += [
+        f"fp32, {env['threads']} threads of an {env['cpu']}; prunevit {env['prunevit']}, torch {env['torch']}, "
+        f"timm {env['timm']}.",
+        f"\n`python examples/cifar10/run.py --data DIR --out OUT{_options(s)}`",
+    ]
     if r.missing:
-        lines.append("Not run yet: " + "; ".join(_brief(r.missing)) + ".")
+        lines.append("\n**Not run yet:** " + "; ".join(_brief(r.missing)) + ".")
     return "\n".join(lines)
 
 
+def _options(setting: dict[str, Any]) -> str:
+    """What differs from the defaults, as run.py takes it."""
+    changed = {name: v for name, v in setting.items() if v != Setting().to_dict()[name]}
+    words = {n: " ".join(f"{x:g}" for x in (v if isinstance(v, list) else [v])) for n, v in changed.items()}
+    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in words.items())
+
+
 def _brief(missing: list[dict[str, Any]]) -> list[str]:
-    """The missing cells, those that differ in one value alone taken together."""
+    """The missing cells by what they are: stage and method or kind, then how many."""
     groups: dict[str, list[str]] = {}
     for cell in missing:
-        *where, last = [f"{value:.0%}" if isinstance(value, float) else str(value) for value in cell.values()]
-        groups.setdefault(" ".join(where), []).append(last)
-    return [f"{where} (seed {', '.join(seeds)})" for where, seeds in groups.items()]
+        stage, *where = [f"{value:.0%}" if isinstance(value, float) else str(value) for value in cell.values()]
+        what, *rest = where[:-1] or [""]
+        groups.setdefault(f"{stage} {what}".strip(), []).append(" ".join([*rest, f"seed {where[-1]}"]))
+    return [
+        f"{what} ({len(cells)}: {', '.join(cells)})" if len(cells) < 4 else f"{what} ({len(cells)} cells)"
+        for what, cells in groups.items()
+    ]
