@@ -12,7 +12,7 @@ import prunevit
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -29,8 +29,11 @@ COMMAND = (
         ["--help"],
         ["prune", "--help"],
         ["prune", "deit_tiny", "--out", "no", "--macs", "banana"],
+        ["prune", "deit_tiny", "--out", "no", "--macs", "50%", "--method", "magic"],
+        ["finetune", "./nowhere", "--data", "digits", "--out", "no"],
+        ["eval", "nowhere", "--data", "digits"],
     ],
-    ids=["help", "help_of_prune", "no_number"],
+    ids=["help", "help_of_prune", "no_number", "no_method", "no_checkpoint", "nothing_to_evaluate"],
 )
 def test_help_and_wrong_usage_load_neither_torch_nor_timm(arguments: list[str]) -> None:
     shown = python(f"import sys\n{COMMAND.format(arguments=arguments)}\n{LOADED}")

@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, UnsupportedModel
+from .._atomic import previous_name
+from ..errors import CheckpointError, DataError, InputError, UnsupportedModel
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from ..data import ImageData
@@ -21,6 +23,35 @@ if TYPE_CHECKING:
 def is_checkpoint(name: str) -> bool:
     """Whether a name means a directory: it is one, or is spelled as a path."""
     return Path(name).exists() or os.sep in name or name.startswith(".")
+
+
+def expect_there(model: str | Path, data: str | None = None) -> None:
+    """Refuse a path that leads nowhere before anything heavy is loaded."""
+    if isinstance(model, Path) or is_checkpoint(model):
+        path = Path(model)
+        if not path.exists() and not path.with_name(previous_name(path)).exists():
+            raise CheckpointError(f"{path}: expected a checkpoint directory, got none")
+    if data is not None and data != "digits" and not Path(data).is_dir():
+        found = "a file" if Path(data).exists() else "none"
+        raise DataError(f"{data}: expected 'digits' or a folder of class folders, got {found}")
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device asked for, or a GPU where there is one; under torchrun, each process's own."""
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"expected a device such as cpu, cuda or cuda:1, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"expected an NVIDIA GPU for device {name}, got none that torch sees")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    return device
 
 
 def open_model(name: str, *, pretrained: bool = True) -> nn.Module:

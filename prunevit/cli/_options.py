@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,24 +24,27 @@ Pretrained = Annotated[
 BackendChoice = Literal["auto", "cuda", "cpu", "torch"]
 Backend = Annotated[BackendChoice, typer.Option(help="What executes the model.")]
 
-_SCALE = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-
-
-def constraint(text: str | None) -> str | float | None:
-    """What may remain: "45%" stays a share; "2.0G", "1.3e9" or "900M" is a number."""
-    if text is None:
-        return None
-    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
-    if share:
-        if not 0 < float(share[1]) <= 100:
-            raise typer.BadParameter(f"expected a share above 0% and up to 100%, got {text!r}")
-        return f"{share[1]}%"
-    number = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([KMGT]?)\s*", text, re.IGNORECASE)
-    if number is None or float(number[1]) == 0:
-        raise typer.BadParameter(f"expected a share such as 45% or a number such as 2.0G, got {text!r}")
-    return float(number[1]) * _SCALE[number[2].upper()]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where scores are measured and training runs; a GPU where there is one.", show_default=False),
+]
+Pairs = dict[str, Any]
 
 
 def words(text: str | None) -> list[str] | None:
     """A comma-separated list."""
     return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def pairs(texts: Sequence[str] | None, option: str) -> Pairs:
+    """NAME=VALUE, several times; values are JSON where they can be read so, else text."""
+    made: Pairs = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise typer.BadParameter(f"expected NAME=VALUE, got {text!r}", param_hint=option)
+        try:
+            made[name.strip()] = json.loads(value)
+        except ValueError:
+            made[name.strip()] = value.strip()
+    return made

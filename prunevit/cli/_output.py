@@ -24,11 +24,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 class Output:
     """What a command reports to. ``done`` is called once, last."""
 
-    def __init__(self, as_json: bool) -> None:
+    def __init__(self, as_json: bool, quiet: bool = False) -> None:
         from rich.console import Console
 
         self.as_json = as_json
-        self.console: Console = Console(stderr=as_json, highlight=False)
+        self.console: Console = Console(stderr=as_json, highlight=False, quiet=quiet)
         self.result: dict[str, Any] = {}
 
     def say(self, text: RenderableType) -> None:
@@ -71,6 +71,10 @@ class Bar:
         """A training step, as :func:`prunevit.pruning.recover` reports it."""
         self._progress.update(self._task, completed=step.step, total=step.total)
 
+    def show(self, what: str, done: int, total: int | None) -> None:
+        """Another part of the work."""
+        self._progress.update(self._task, description=what, completed=done, total=total)
+
     def over(self, batches: Any) -> Watched:
         return Watched(batches, self)
 
@@ -91,16 +95,19 @@ class Watched:
 
 
 @contextmanager
-def reporting(as_json: bool) -> Iterator[Output]:
-    """Run a command's body: errors with a name become one message and exit code 1, the answer is printed at the end."""
-    output = Output(as_json)
+def reporting(as_json: bool, quiet: bool = False) -> Iterator[Output]:
+    """Run a command's body: errors with a name become one message and exit code 1, the answer is printed at the end.
+
+    ``quiet`` prints errors alone: for all but the first of several processes.
+    """
+    output = Output(as_json, quiet)
     try:
         # a library that prints must not spoil the JSON
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             yield output
     except (PrunevitError, OSError) as error:
         _fail(error, as_json)
-    if as_json:
+    if as_json and not quiet:
         print(json.dumps(output.result, allow_nan=False))
 
 

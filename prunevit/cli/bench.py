@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ._models import expect_there
 from ._options import Checkpoint, words
 from ._output import Json, percent, reporting, table
 
@@ -40,6 +41,7 @@ def command(
     if not sizes or not all(size.isdigit() and int(size) > 0 for size in sizes):
         raise typer.BadParameter(f"expected batch sizes such as 1,8, got {batch!r}", param_hint="--batch")
     with reporting(as_json) as output:
+        expect_there(checkpoint)
         from .._machine import machine
         from ..benchmark import MODEL_PEERS, compare, missing
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ._models import expect_there
 from ._options import Backend, BatchSize, Checkpoint, Data, Workers
 from ._output import Json, percent, reporting, si, table
 
@@ -25,6 +26,7 @@ def command(
 ) -> None:
     """Measure top-1 and top-5 accuracy in the runtime."""
     with reporting(as_json) as output:
+        expect_there(checkpoint, data)
         from ._measure import accuracy
         from ._models import data_for, open_model, open_runtime
 

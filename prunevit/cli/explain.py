@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ._models import expect_there
 from ._options import Backend, Checkpoint
 from ._output import Json, reporting
 
@@ -27,6 +28,7 @@ def command(
 ) -> None:
     """Time every step, beside its work, the machine's measured peak, what is padding, and which kernel ran."""
     with reporting(as_json) as output:
+        expect_there(checkpoint)
         from ..runtime import Runtime
 
         explained = Runtime(checkpoint, backend=backend, threads=threads).explain(batch, rounds)

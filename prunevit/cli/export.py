@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ._models import expect_there
 from ._options import Checkpoint
 from ._output import Json, reporting, si
 
@@ -28,6 +29,7 @@ def command(
 ) -> None:
     """Write one self-contained ONNX file, which ONNX Runtime, OpenVINO and others run."""
     with reporting(as_json) as output:
+        expect_there(checkpoint)
         from ..interop.onnx import OPSET, export_onnx
 
         used = OPSET if opset is None else opset

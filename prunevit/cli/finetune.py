@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
-from ._options import BatchSize, Checkpoint, Data, Out, Seed, Workers
+from ._models import expect_there
+from ._options import BatchSize, Checkpoint, Data, Device, Out, Seed, Workers, pairs
 from ._output import Json, percent, reporting, table
 
 Teacher = Annotated[str | None, typer.Option(help="A timm model or checkpoint directory to learn from (distillation).")]
+Distillation = Annotated[
+    Literal["soft", "hard", "feature"] | None, typer.Option(help="What is learnt from the teacher; soft by default.")
+]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training images.")]
 LearningRate = Annotated[float, typer.Option("--lr", min=0, help="Peak learning rate.")]
+RecipeOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="Any option of training: mixup=0.8, opt=lamb, ema_decay=0.999, amp=true."),
+]
+State = Annotated[
+    Path | None, typer.Option(help="Write the run here after each epoch; an interrupted one resumes from it.")
+]
 NewClasses = Annotated[bool, typer.Option("--new-classes", help="Train a new classifier for the data's own classes.")]
 
 
@@ -21,22 +34,37 @@ def command(
     out: Out,
     epochs: Epochs = 30,
     teacher: Teacher = None,
+    distillation: Distillation = None,
     lr: LearningRate = 5e-4,
+    recipe: RecipeOption = None,
+    state: State = None,
     new_classes: NewClasses = False,
     batch_size: BatchSize = 64,
     workers: Workers = 0,
+    device: Device = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a checkpoint, or distil a teacher into it, and write the result."""
-    with reporting(as_json) as output:
+    """Fine-tune a checkpoint, or distil a teacher into it, and write the result.
+
+    Under torchrun (torchrun --nproc-per-node 2 -m prunevit finetune …) gradients are averaged over the processes.
+    """
+    given = pairs(recipe, "--recipe") | ({} if distillation is None else {"distillation": distillation})
+    if distillation is not None and teacher is None:
+        raise typer.BadParameter("expected a teacher to distil", param_hint="--teacher")
+    first = os.environ.get("RANK", "0") == "0"  # torchrun starts several: one of them speaks and writes
+    with reporting(as_json, quiet=not first) as output:
+        expect_there(checkpoint, data)
+        if teacher is not None:
+            expect_there(teacher)
         import torch
 
         from .. import api
         from ..pruning import recover
         from ._measure import accuracy
-        from ._models import data_for, open_model
+        from ._models import data_for, device_of, open_model
 
+        where = device_of(device)
         torch.manual_seed(seed)
         model: Any = api.load(checkpoint)
         source, config = data_for(model, data, new_classes=new_classes)
@@ -44,13 +72,21 @@ def command(
             model.reset_classifier(len(source.label_names))
             model.pretrained_cfg = {**model.pretrained_cfg, "num_classes": len(source.label_names)}
         model.pretrained_cfg = {**model.pretrained_cfg, "label_names": list(source.label_names)}
-        dense = None if teacher is None else open_model(teacher)
+        model.to(where)
+        dense = None if teacher is None else open_model(teacher).to(where)
         train = source.loader("train", config, batch_size=batch_size, augment=True, seed=seed, workers=workers)
         held_out = source.loader("validation", config, batch_size=batch_size, workers=workers)
-        before = accuracy(model.eval(), held_out)
-        with output.bar("training") as bar:
-            history = recover(model, train, teacher=dense, on_step=bar.step, epochs=epochs, lr=lr, seed=seed)
-        after = accuracy(model.eval(), held_out)
+        before = accuracy(model.eval(), held_out, where)
+        try:
+            with output.bar("training") as bar:
+                options = {"epochs": epochs, "lr": lr, "seed": seed, **given}
+                history = recover(model, train, teacher=dense, state=state, on_step=bar.step, **options)
+            after = accuracy(model.eval(), held_out, where)
+        finally:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        if not first:
+            return
         model.provenance = {**model.provenance, "accuracy": {"validation": after.top1, "data": data}}
         written = api.save(model, out)
         result = {
@@ -59,7 +95,9 @@ def command(
             "data": data,
             "epochs": epochs,
             "teacher": teacher,
+            "recipe": given,
             "seed": seed,
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
             "images": source.size("train"),
             "accuracy": {"split": "validation", "before": before.top1, "after": after.top1},
             "history": history,

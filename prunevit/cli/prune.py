@@ -2,24 +2,111 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
-from ._options import BatchSize, MaybeData, Out, Pretrained, Seed, Workers, constraint, words
-from ._output import Json, percent, reporting, si, table
+from ._budgets import KINDS, METHODS, constraints_of, methods_of
+from ._models import expect_there
+from ._options import Backend, BatchSize, Device, MaybeData, Out, Pretrained, Seed, Workers, pairs, words
+from ._output import Json, reporting
+
+BUDGET, UNITS, DEPLOYMENT, TRAINING, SEARCH = (
+    *("Budget: what may remain", "What may go", "Where it will run, for --latency and --memory"),
+    *("Training and iterative pruning", "--method auto"),
+)
 
 Model = Annotated[str, typer.Argument(help="A timm model by name, or a checkpoint directory.", show_default=False)]
-Method = Annotated[list[str], typer.Option(help="How to choose what goes. Given several times: one after another.")]
-Macs = Annotated[str | None, typer.Option(help="MACs that remain at most: 45% of the model's, or 2.0G.")]
-Params = Annotated[str | None, typer.Option(help="Parameters that remain at most: 50%, or 10M.")]
-Groups = Annotated[str | None, typer.Option(help="What may be pruned, comma-separated: head,qk,v,mlp,channel.")]
-Ratio = Annotated[float | None, typer.Option(min=0, max=1, help="Share of every group to prune, instead of a budget.")]
-Isomorphic = Annotated[bool, typer.Option("--isomorphic", help="Rank all units of a kind against each other.")]
-Global = Annotated[bool, typer.Option("--global-pruning", help="Rank all units of all kinds against each other.")]
-RoundTo = Annotated[int | None, typer.Option(min=1, help="Keep widths that are multiples of this.")]
+Method = Annotated[
+    list[str],
+    typer.Option(
+        help=f"How to choose what goes: {', '.join(METHODS)}. Several, as a list or the option again, run one after "
+        f"another; snp,taylor:head,mlp says which kinds each takes ({', '.join(KINDS)})."
+    ),
+]
+Option = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE", help="Any option of the method or of the ranking: gamma=8, damping=0.5, min_kept=4."
+    ),
+]
+Macs = Annotated[str | None, typer.Option(help="MACs: 45% of the model's, or 2.0G.", rich_help_panel=BUDGET)]
+Params = Annotated[str | None, typer.Option(help="Parameters: 50%, or 10M.", rich_help_panel=BUDGET)]
+Latency = Annotated[
+    str | None, typer.Option(help="Time of a call in the runtime: 60%, or 20ms.", rich_help_panel=BUDGET)
+]
+Memory = Annotated[
+    str | None, typer.Option(help="Weights and the runtime's buffers: 50%, or 50MB.", rich_help_panel=BUDGET)
+]
+Ratio = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Share of every group to prune.", rich_help_panel=BUDGET)
+]
+Ratios = Annotated[
+    Path | None,
+    typer.Option(
+        help="A JSON or YAML file of shares to prune by address: {blocks.0.attn.qk: 0.3}.", rich_help_panel=BUDGET
+    ),
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(help="Exactly the widths of a published shape, or of a checkpoint.", rich_help_panel=BUDGET),
+]
+Groups = Annotated[str | None, typer.Option(help="Kinds, comma-separated: head,qk,v,mlp.", rich_help_panel=UNITS)]
+Isomorphic = Annotated[
+    bool, typer.Option("--isomorphic", help="Rank all units of a kind against each other.", rich_help_panel=UNITS)
+]
+Global = Annotated[
+    bool, typer.Option("--global-pruning", help="Rank all units against each other.", rich_help_panel=UNITS)
+]
+RoundTo = Annotated[int | None, typer.Option(min=1, help="Keep multiples of this.", rich_help_panel=UNITS)]
 Ignored = Annotated[
-    str | None, typer.Option(help="Layers to leave alone, comma-separated: blocks.0.attn,blocks.11.mlp.")
+    str | None,
+    typer.Option(help="Layers to leave alone, comma-separated: blocks.0.attn,blocks.11.mlp.", rich_help_panel=UNITS),
+]
+On = Annotated[str | None, typer.Option(help="cpu or cuda; as the runtime chooses.", rich_help_panel=DEPLOYMENT)]
+Batch = Annotated[int, typer.Option(min=1, help="Images in a call.", rich_help_panel=DEPLOYMENT)]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of the cpu backend; all cores.", rich_help_panel=DEPLOYMENT, show_default=False),
+]
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16"] | None,
+    typer.Option(help="fp32 on a CPU, bf16 on a GPU unless told otherwise.", rich_help_panel=DEPLOYMENT),
+]
+Table = Annotated[
+    Path | None, typer.Option(help="Keep the table of step times in this file.", rich_help_panel=DEPLOYMENT)
+]
+Tolerance = Annotated[
+    float,
+    typer.Option(
+        min=0.001, max=0.999, help="Between the table, the whole model and the budget.", rich_help_panel=DEPLOYMENT
+    ),
+]
+Rounds = Annotated[int, typer.Option(min=1, help="Prune in as many rounds.", rich_help_panel=TRAINING)]
+RecoveryEpochs = Annotated[
+    int, typer.Option(min=0, help="Train so long after each round and method.", rich_help_panel=TRAINING)
+]
+Stages = Annotated[int | None, typer.Option(min=0, help="gohsp: soft stages.", rich_help_panel=TRAINING)]
+StageEpochs = Annotated[int | None, typer.Option(min=1, help="gohsp: of each.", rich_help_panel=TRAINING)]
+FinetuneEpochs = Annotated[
+    int | None,
+    typer.Option(min=0, help="gohsp: after the cut; auto: after each committed round.", rich_help_panel=TRAINING),
+]
+LearningRate = Annotated[float | None, typer.Option("--lr", min=0, help="Peak.", rich_help_panel=TRAINING)]
+RecipeOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="Any option of training: mixup=0.8, opt=lamb.", rich_help_panel=TRAINING),
+]
+Tau = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Accuracy that a round may lose.", rich_help_panel=SEARCH)
+]
+ScorerName = Annotated[str | None, typer.Option(help="Who ranks units: any scorer.", rich_help_panel=SEARCH)]
+JournalFile = Annotated[
+    Path | None, typer.Option(help="Write every probe here; an interrupted search continues.", rich_help_panel=SEARCH)
+]
+Plot = Annotated[
+    Path | None, typer.Option(help="Draw the search into this file (.png, .svg or .pdf).", rich_help_panel=SEARCH)
 ]
 ImageCount = Annotated[int, typer.Option(min=1, help="Calibration images that the scores are measured on.")]
 
@@ -28,16 +115,40 @@ def command(
     model: Model,
     out: Out,
     method: Method = ["snp"],  # noqa: B006 (typer reads it, nobody changes it)
-    macs: Macs = None,
-    params: Params = None,
     data: MaybeData = None,
     images: ImageCount = 64,
-    groups: Groups = None,
+    macs: Macs = None,
+    params: Params = None,
+    latency: Latency = None,
+    memory: Memory = None,
     pruning_ratio: Ratio = None,
+    ratios: Ratios = None,
+    shape: Shape = None,
+    groups: Groups = None,
     isomorphic: Isomorphic = False,
     global_pruning: Global = False,
     round_to: RoundTo = None,
     ignored_layers: Ignored = None,
+    on: On = None,
+    batch: Batch = 1,
+    threads: Threads = None,
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    table: Table = None,
+    tolerance: Tolerance = 0.05,
+    rounds: Rounds = 1,
+    recovery_epochs: RecoveryEpochs = 0,
+    stages: Stages = None,
+    stage_epochs: StageEpochs = None,
+    finetune_epochs: FinetuneEpochs = None,
+    lr: LearningRate = None,
+    recipe: RecipeOption = None,
+    tau: Tau = None,
+    scorer: ScorerName = None,
+    journal: JournalFile = None,
+    plot: Plot = None,
+    option: Option = None,
+    device: Device = None,
     pretrained: Pretrained = True,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
@@ -45,54 +156,63 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Prune a ViT to a budget and write a checkpoint that the runtime executes in exactly its shape."""
-    constraints = {
-        name: limit for name, limit in (("macs", constraint(macs)), ("params", constraint(params))) if limit is not None
-    }
-    if not constraints and pruning_ratio is None:
-        raise typer.BadParameter("expected a budget: --macs, --params or --pruning-ratio", param_hint="--macs")
-    options: dict[str, Any] = {
-        "groups": words(groups),
+    methods = methods_of(method)
+    constraints = constraints_of({"macs": macs, "params": params, "latency": latency, "memory": memory}, methods)
+    if not constraints and pruning_ratio is None and ratios is None and shape is None:
+        what = "expected a budget: --macs, --params, --latency, --memory, --pruning-ratio, --ratios or --shape"
+        raise typer.BadParameter(what, param_hint="--macs")
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"expected a file that ends in .png, .svg or .pdf, got {plot}", param_hint="--plot")
+    asked: dict[str, Any] = {
         "pruning_ratio": pruning_ratio,
+        "groups": words(groups),
         "isomorphic": isomorphic or None,
         "global_pruning": global_pruning or None,
         "round_to": round_to,
         "ignored_layers": words(ignored_layers),
+        "stages": stages,
+        "stage_epochs": stage_epochs,
+        "finetune_epochs": finetune_epochs,
+        "tau": tau,
+        "scorer": scorer,
+        "journal": None if journal is None else str(journal),
     }
+    options = {name: value for name, value in asked.items() if value is not None} | pairs(option, "--option")
+    training = pairs(recipe, "--recipe") | ({} if lr is None else {"lr": lr})
+    trains = bool(recovery_epochs or options.get("stages") or options.get("finetune_epochs"))
+    if training and not trains:
+        what = "expected something that trains: --recovery-epochs, --stages or --finetune-epochs"
+        raise typer.BadParameter(what, param_hint="--recipe, --lr")
+    if (trains or "auto" in methods) and data is None:
+        what = f"expected images to {'train on' if trains else 'measure accuracy on'}"
+        raise typer.BadParameter(what, param_hint="--data")
+    if (plot or journal) and "auto" not in methods:
+        raise typer.BadParameter("expected --method auto, whose search they record", param_hint="--journal, --plot")
     with reporting(as_json) as output:
-        from .. import api
-        from ..models.from_timm import from_timm
-        from ..models.vit import PrunedViT
-        from ._models import data_for, open_model
+        expect_there(model, data)
+        from ._prune import Request, run
 
-        opened = open_model(model, pretrained=pretrained)
-        before = (opened if isinstance(opened, PrunedViT) else from_timm(opened)).spec
-        loader = None
-        if data is not None:
-            source, config = data_for(opened, data)
-            loader = source.loader("calibration", config, images=images, batch_size=batch_size, workers=workers)
-        methods = method[0] if len(method) == 1 else method
-        given = {name: value for name, value in options.items() if value is not None}
-        with output.bar(f"pruning by {', '.join(method)}", total=len(loader) if loader is not None else None) as bar:
-            batches = bar.over(loader) if loader is not None else None
-            pruned = api.prune(opened, methods, constraints, batches, seed=seed, **given)
-        written = api.save(pruned, out)
-        spec = pruned.spec
-        result = {
-            "model": model,
-            "out": str(written),
-            "method": method,
-            "constraints": constraints,
-            "seed": seed,
-            "images": None if loader is None else len(loader.dataset),  # type: ignore[arg-type]
-            "macs": {"before": before.macs(), "after": spec.macs(), "ratio": spec.macs() / before.macs()},
-            "params": {"before": before.params(), "after": spec.params(), "ratio": spec.params() / before.params()},
-        }
-        rows = [
-            ("MACs", si(before.macs()), si(spec.macs()), percent(spec.macs() / before.macs())),
-            ("parameters", si(before.params()), si(spec.params()), percent(spec.params() / before.params())),
-            ("residual width", before.embed_dim, spec.embed_dim, percent(spec.embed_dim / before.embed_dim)),
-        ]
-        output.done(
-            result, table(("", "before", "after", "kept"), rows, title=f"{model} pruned by {', '.join(method)}")
+        deployment = {"device": on, "batch": batch, "threads": threads, "dtype": dtype, "backend": backend}
+        request = Request(
+            model=model,
+            out=out,
+            methods=methods,
+            constraints=constraints,
+            options=options,
+            deployment={**deployment, "table": table, "tolerance": tolerance},
+            ratios=ratios,
+            shape=shape,
+            rounds=rounds,
+            recovery_epochs=recovery_epochs,
+            recipe=training,
+            trains=trains,
+            plot=plot,
+            data=data,
+            images=images,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            pretrained=pretrained,
+            seed=seed,
         )
-        output.say(f"wrote {written}; recover its accuracy with: prunevit finetune {written} --data … --out …")
+        run(request, output)

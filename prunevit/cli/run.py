@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InputError, expect
+from ._models import expect_there
 from ._options import Backend, Checkpoint
 from ._output import Json, percent, reporting, table
 
@@ -19,6 +21,9 @@ def command(
 ) -> None:
     """Classify images with a checkpoint in the runtime; prints the most likely classes of each."""
     with reporting(as_json) as output:
+        expect_there(checkpoint)
+        for path in images:
+            expect(path.is_file(), InputError, f"an image file {path}", got="none")
         from ._models import open_runtime
 
         runtime = open_runtime(checkpoint, backend)

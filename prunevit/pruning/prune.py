@@ -68,6 +68,9 @@ def prune(
     expect(bool(methods), PruningError, "at least one method", got="none")
     stages = _stages(methods, {name: value for name, value in options.items() if name not in _RANKING})
     dense = as_pruned(model)
+    if isinstance(shape, str):
+        known = (*shapes.names(), *shapes.names(dense=True))
+        expect(shape in known, PruningError, f"a spec, or a published shape out of {', '.join(known)}", got=repr(shape))
     target = shapes.get(shape) if isinstance(shape, str) else shape
     each = list(constraints) if isinstance(constraints, Sequence) else [constraints]
     budget = Budget.of(dense.spec, each[-1], cost, ranking, target)

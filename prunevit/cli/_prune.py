@@ -1,0 +1,190 @@
+"""What ``prunevit prune`` does once it knows what is asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from .. import api
+from ..errors import PruningError, expect
+from ..models.vit import PrunedViT
+from ..pruning import Step
+from ..pruning.journal import Probe, plot_journal
+from ..pruning.surgery import as_pruned
+from ..spec import ViTSpec
+from ._budgets import LOOKS_AT_IMAGES, Constraints
+from ._measure import accuracy
+from ._models import data_for, device_of, is_checkpoint, open_model, spec_of
+from ._output import Bar, Output, percent, si, table
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line, read."""
+
+    model: str
+    out: Path
+    methods: list[str]
+    constraints: Constraints | list[Constraints]
+    options: dict[str, Any]
+    deployment: dict[str, Any]
+    ratios: Path | None
+    shape: str | None
+    rounds: int
+    recovery_epochs: int
+    recipe: dict[str, Any]
+    trains: bool
+    plot: Path | None
+    data: str | None
+    images: int
+    batch_size: int
+    workers: int
+    device: str | None
+    pretrained: bool
+    seed: int
+
+    @property
+    def constraint_names(self) -> set[str]:
+        each = self.constraints if isinstance(self.constraints, list) else [self.constraints]
+        return {name for mapping in each for name in mapping}
+
+
+def run(request: Request, output: Output) -> None:
+    """Prune, save, and report."""
+    expect(os.environ.get("WORLD_SIZE", "1") == "1", PruningError, "one process (recover with several)", got="torchrun")
+    device = device_of(request.device)
+    opened = open_model(request.model, pretrained=request.pretrained)
+    dense = as_pruned(opened).to(device).eval()
+    methods, options, loaders = request.methods, _options(request), _loaders(request, dense)
+    with TemporaryDirectory() as scratch, output.bar(f"pruning by {', '.join(request.methods)}") as bar:
+        if "auto" in request.methods:
+            options["on_probe"] = lambda probe: bar.show(_told(probe), 0, None)
+            if request.plot is not None:
+                options.setdefault("journal", str(Path(scratch, "journal")))
+        calibration = loaders.pop("data", None)
+        counted = None if calibration is None else len(calibration.dataset)
+        if calibration is not None and not request.trains:
+            calibration = bar.over(calibration)
+        pruned = api.prune(
+            dense, methods[0] if len(methods) == 1 else methods, request.constraints, calibration, seed=request.seed,
+            on_step=lambda step: _show_step(bar, step),
+            on_timing=lambda done, wanted: bar.show("timing steps for the latency table", done, wanted),
+            **loaders, **options,
+        )  # fmt: skip
+        if request.plot is not None:
+            plot_journal(options["journal"], request.plot)
+    result = {**_report(request, dense, pruned, options), "images": counted}
+    if "validation" in loaders:
+        before, after = (accuracy(m.eval(), loaders["validation"], device).top1 for m in (dense, pruned))
+        result["accuracy"] = {"split": "validation", "before": before, "after": after}
+        pruned.provenance |= {"accuracy": {"validation": after, "data": request.data}}
+    pruned.provenance.setdefault("base_model", request.model)
+    result["out"] = str(api.save(pruned, request.out))
+    output.done(result, _table(request, dense.spec, pruned.spec, result))
+    output.say(f"wrote {request.out}; recover its accuracy with: prunevit finetune {request.out} --data … --out …")
+
+
+def _options(request: Request) -> dict[str, Any]:
+    """The keywords of :func:`prunevit.prune`."""
+    options, names = dict(request.options), [method.partition(":")[0] for method in request.methods]
+    if request.constraint_names & {"latency", "memory"}:
+        options["on"] = {name: value for name, value in request.deployment.items() if value is not None}
+    if request.ratios is not None:
+        options["pruning_ratio"] = _ratios(request.ratios)
+    if request.shape is not None:
+        options["shape"] = spec_of(request.shape)[0] if is_checkpoint(request.shape) else request.shape
+    if request.rounds > 1:
+        options["rounds"] = request.rounds
+    if request.recovery_epochs:
+        options["recovery"] = {**request.recipe, "epochs": request.recovery_epochs}
+    if request.recipe and {"gohsp", "auto"} & set(names):
+        options["recipe"] = request.recipe
+    return options
+
+
+def _loaders(request: Request, model: PrunedViT) -> dict[str, Any]:
+    """data, train and validation: each from a split of its own, where the methods look at it."""
+    if request.data is None:
+        return {}
+    source, config = data_for(model, request.data)
+    common: dict[str, Any] = {"batch_size": request.batch_size, "workers": request.workers}
+    loaders: dict[str, Any] = {}
+    if any(method.partition(":")[0] in LOOKS_AT_IMAGES for method in request.methods):
+        loaders["data"] = source.loader("calibration", config, images=request.images, **common)
+    if request.trains:
+        loaders["train"] = source.loader("train", config, augment=True, seed=request.seed, **common)
+    if request.trains or "auto" in request.methods:
+        loaders["validation"] = source.loader("validation", config, **common)
+    return loaders
+
+
+def _ratios(path: Path) -> Mapping[str, float]:
+    import yaml  # reads JSON too
+
+    try:
+        ratios = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PruningError(f"{path}: expected a JSON or YAML file of ratios by address, got {error}") from None
+    fine = isinstance(ratios, dict) and all(
+        isinstance(name, str) and isinstance(ratio, int | float) for name, ratio in ratios.items()
+    )
+    expect(fine, PruningError, f"ratios by address in {path}, such as blocks.0.mlp: 0.5", got=f"{ratios!r:.80}")
+    return {str(name): float(ratio) for name, ratio in ratios.items()}
+
+
+def _show_step(bar: Bar, step: Step) -> None:
+    bar.show(f"training, loss {step.loss:.3f}", step.step, step.total)
+
+
+def _told(probe: Probe) -> str:
+    return f"round {probe.round}, {probe.part} {probe.ratio:.1%}: {probe.accuracy:.1%} right at cost {probe.cost:.1%}"
+
+
+def _report(request: Request, dense: PrunedViT, pruned: PrunedViT, options: Mapping[str, Any]) -> dict[str, Any]:
+    before, after = dense.spec, pruned.spec
+    result: dict[str, Any] = {
+        "model": request.model,
+        "out": str(request.out),
+        "method": request.methods,
+        "constraints": request.constraints,
+        "seed": request.seed,
+        "macs": {"before": before.macs(), "after": after.macs(), "ratio": after.macs() / before.macs()},
+        "params": {"before": before.params(), "after": after.params(), "ratio": after.params() / before.params()},
+        "latency": pruned.provenance.get("latency"),
+        "memory": None,
+        "journal": request.options.get("journal"),
+        "plot": None if request.plot is None else str(request.plot),
+    }
+    if "on" in options:
+        deployment = api.Deployment.of(options["on"])
+        sizes = deployment.memory(before), deployment.memory(after)
+        result["memory"] = {"before": sizes[0], "after": sizes[1], "ratio": sizes[1] / sizes[0]}
+    return result
+
+
+def _table(request: Request, before: ViTSpec, after: ViTSpec, result: Mapping[str, Any]) -> Any:
+    title = f"{request.model} pruned by {', '.join(request.methods)}"
+    made = table(("", "before", "after", "kept"), (), title=title)
+    for name, key, unit in (("MACs", "macs", ""), ("parameters", "params", ""), ("memory", "memory", "B")):
+        if (row := result[key]) is not None:
+            made.add_row(name, si(row["before"], unit), si(row["after"], unit), percent(row["ratio"]))
+    made.add_row(
+        "residual width", str(before.embed_dim), str(after.embed_dim), percent(after.embed_dim / before.embed_dim)
+    )
+    if (took := result["latency"]) is not None:
+        dense, measured = took["dense_ms"], took["measured_ms"]
+        made.add_row("latency", f"{dense:.2f} ms", f"{measured:.2f} ms", percent(measured / dense))
+        made.caption = (
+            f"latency of {took['batch']} images, {took['backend']} on {took['device']}, {took['dtype']}, "
+            f"{took['threads']} threads: {took['predicted_ms']:.2f} ms by the table, {took['measured_ms']:.2f} ms the "
+            f"whole model ({took['error']:+.1%}), {took['limit_ms']:.2f} ms asked for"
+        )
+        made.caption_justify = "left"
+    if "accuracy" in result:
+        share = result["accuracy"]
+        made.add_row("validation top-1", percent(share["before"], 2), percent(share["after"], 2), "")
+    return made
