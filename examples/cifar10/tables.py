@@ -76,7 +76,7 @@ def main_point(r: Results) -> str:
                 percent(r.values("cut", **here)),
                 percent(after),
                 str(len(after)),
-                NOT_RUN if less is None else f"{-100 * less:+.1f}",
+                NOT_RUN if less is None else f"{-100 * less + 0.0:+.1f}",
             ]
         )
     head = ("method", "MACs", "parameters", "batch 1", "batch 32", "cut", "recovered", "seeds", "against dense")
