@@ -9,8 +9,9 @@ from typing import Any
 
 from images import Batches, Images
 from journal import Cell, Journal
-from measure import Reversed, accuracy, agreement, costs, map_error
-from methods import ALL, FOR_AUTO, MAIN, METHODS, UNTRAINED, Lab
+from measure import accuracy, agreement, costs, map_error
+from methods import ALL, CP_VIT_CLAIM, FOR_AUTO, MAIN, METHODS, MIXED, UNTRAINED, Lab
+from scores import Reversed
 from setting import Setting
 from train import recover_for, train_dense
 
@@ -47,14 +48,16 @@ def cells(s: Setting) -> Iterator[Cell]:
         for other in ("magnitude", "taylor"):
             yield {"stage": "agreement", "kind": kind, "scores": ["snp", other], "seed": 0}
     yield from recovered(("gohsp, by params",), s.claimed_params, 0)
+    yield from recovered(("cp-vit",), CP_VIT_CLAIM, 0)
+    yield from recovered(("gohsp, ranking alone", MIXED), s.main, 0)
     yield from recovered(FOR_AUTO, s.main, 0)
-    yield {"stage": "small", "seed": 0}
-    for budget in s.others:
-        yield from recovered(MAIN, budget, 0)
     for seed in range(1, s.seeds):
         yield from recovered(("dense", *MAIN), s.main, seed)
-    for budget in s.others:
+    for budget in sorted(s.others):
+        yield from recovered(MAIN, budget, 0)
+    for budget in sorted(s.others):
         yield from recovered(FOR_AUTO, budget, 0)
+    yield {"stage": "small", "seed": 0}
 
 
 class Grid:

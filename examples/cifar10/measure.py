@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from images import Batches, Images
 from methods import Lab
+from scores import scores_of
 from torch import Tensor
 
 import prunevit
 from prunevit.models import PrunedViT
-from prunevit.pruning import METHODS, Scorer, groups_of
+from prunevit.pruning import groups_of
 
 
 def accuracy(model: PrunedViT, images: Images) -> float:
@@ -64,25 +65,12 @@ def map_error(model: PrunedViT, dense: PrunedViT, images: Tensor) -> float:
     return float(torch.stack([(ours - theirs).norm() / theirs.norm() for ours, theirs in pairs]).mean())
 
 
-class Reversed(Scorer):
-    """SNP's ranking upside down: what tells a score that is worth nothing from one that is worth less than that."""
-
-    supports: ClassVar = METHODS["snp"].supports  # type: ignore[attr-defined]
-
-    def score(self, model: PrunedViT, groups: Any, data: Any, seed: int) -> dict[Any, Tensor]:
-        scorer = METHODS["snp"]()
-        assert isinstance(scorer, Scorer)
-        return {group: -score for group, score in scorer.score(model, groups, data, seed).items()}
-
-
 def agreement(lab: Lab, kind: Any, one: str, other: str, seed: int) -> float:
     """Spearman's rank correlation of two scores within each group of a kind, averaged over groups."""
     spec = lab.dense.spec
     groups = groups_of(spec, (kind,))
     ranks = []
     for name in (one, other):
-        scorer = METHODS[name]()
-        assert isinstance(scorer, Scorer)
-        scores = scorer.score(lab.dense, groups, lab.shown(seed), seed)
+        scores = scores_of(name, lab.dense, groups, lab.shown(seed), seed)
         ranks.append([scores[group].argsort().argsort().double() for group in groups])
     return float(torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(*ranks)]).mean())

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from grid import SCORES
-from methods import ALL, MAIN, UNTRAINED
+from methods import ALL, FOR_AUTO, MAIN, MIXED, UNTRAINED
 from setting import Setting
 
 NOT_RUN = "not run"
@@ -51,9 +51,10 @@ def percent(values: Iterable[float], unreachable: bool = False) -> str:
     return mean if len(shares) == 1 else f"{mean} ({min(shares):.1f}–{max(shares):.1f})"
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], words: int = 1) -> str:
+    """The first columns are words, the others numbers."""
     head = list(head)
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    lines = [head, ["---"] * words + ["--:"] * (len(head) - words), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -61,7 +62,7 @@ def main_point(r: Results) -> str:
     """Every method at the main budget."""
     s, rows = r.setting, []
     control = r.recovered("dense", s["main"])
-    for method in ("dense", *MAIN):
+    for method in ("dense", *MAIN, MIXED, "gohsp, ranking alone", *FOR_AUTO):
         here = {"stage": "recovered", "method": method, "budget": s["main"]}
         first = {**here, "seed": 0}
         times = [r.lasting(method, s["main"], batch) for batch in (1, 32)]
@@ -124,7 +125,7 @@ def one_kind(r: Results) -> str:
             )
             rows.append([WORDS[kind], score, *(percent(values) for values in found)])
     head = ("what goes", "ranked by", *(f"{x:.0%} of them gone" for x in r.setting["ratios"]))
-    return table(head, rows)
+    return table(head, rows, words=2)
 
 
 def maps(r: Results) -> str:
@@ -165,7 +166,7 @@ def auto(r: Results) -> str:
             ]
             row.append(equal_accuracy(cells[0], curve) if cells and len(curve) > 1 else NOT_RUN)
         rows.append([f"{ours}, {stage}", rival, *row])
-    return table(("", "against", *(f"auto at {share:.0%}" for share in shares)), rows)
+    return table(("auto", "against", *(f"auto at {share:.0%}" for share in shares)), rows, words=2)
 
 
 def curve_of(r: Results, stage: str, method: str) -> list[tuple[float, float]]:
