@@ -107,7 +107,8 @@ def _auto(r: Results) -> Iterator[Row]:
     for stage, ours, rival in (
         ("cut", "auto", "snp, inner"),
         ("recovered", "auto, in rounds", "snp, inner, in rounds"),
-        ("cut", "auto", "cp-vit"),
+        ("cut", "auto by magnitude", "magnitude, inner"),
+        ("cut", "auto by magnitude", "cp-vit"),
         ("recovered", "auto, in rounds", "cp-vit"),
     ):
         claim = f"auto: 56.91 % of a fixed ratio's MACs at equal accuracy ({ours}, against {rival}; {stage})"

@@ -35,8 +35,9 @@ def cells(s: Setting) -> Iterator[Cell]:
         return ({"stage": "recovered", "method": m, "budget": budget, "seed": seed} for m in methods)
 
     yield from recovered(("dense", *MAIN), s.main, 0)
+    yield {"stage": "cut", "method": "dense", "budget": 1.0, "seed": 0}
     for method in UNTRAINED:
-        for budget in (s.main, *s.others) if method == "auto" else s.cuts:
+        for budget in (s.main, *s.others) if method.startswith("auto") else s.cuts:
             for seed in range(s.seeds if method == "random" else 1):
                 yield {"stage": "cut", "method": method, "budget": budget, "seed": seed}
     for kind, scores in SCORES.items():
@@ -108,8 +109,8 @@ class Grid:
         return {**costs(model, lab.dense), **facts, "checkpoint": self._save(model, cell)}
 
     def _cut(self, cell: Cell) -> dict[str, Any]:
-        lab = self._lab()
-        model = METHODS[cell["method"]](lab, cell["budget"], cell["seed"]).model
+        lab, method = self._lab(), cell["method"]
+        model = lab.dense if method == "dense" else METHODS[method](lab, cell["budget"], cell["seed"]).model
         return {**costs(model, lab.dense), "accuracy": self._tested(model, self.setting.probed)}
 
     def _one_kind(self, cell: Cell) -> dict[str, Any]:

@@ -86,12 +86,12 @@ def _uniform_in_rounds(lab: Lab, budget: float, seed: int) -> Cut:
     return Cut(model, s.rounds * (s.steps // s.rounds))
 
 
-def _auto(in_rounds: bool) -> Method:
+def _auto(scorer: str, in_rounds: bool = False) -> Method:
     def method(lab: Lab, budget: float, seed: int) -> Cut:
         s = lab.setting
-        name = f"auto-{100 * budget:g}-{seed}{'-tuned' if in_rounds else ''}"
+        name = f"auto-{scorer}-{100 * budget:g}-{seed}{'-tuned' if in_rounds else ''}"
         journal = lab.searches / f"{name}.jsonl"
-        options: dict[str, Any] = {"scorer": "snp", "tau": s.auto_tau, "journal": journal, "on_probe": _show}
+        options: dict[str, Any] = {"scorer": scorer, "tau": s.auto_tau, "journal": journal, "on_probe": _show}
         if in_rounds:
             options |= {"train": lab.steps(s.auto_round_steps, seed), "finetune_epochs": 1, "recipe": recovery(s)}
         held_out = list(Batches(lab.validation.first(s.auto_images), s.batch))
@@ -113,10 +113,12 @@ METHODS: dict[str, Method] = {
     "random": _scored("random", groups=ALL),
     "gohsp": _gohsp("macs"),
     "cp-vit": _scored("cp-vit"),
-    "auto": _auto(in_rounds=False),
+    "auto": _auto("snp"),
     "snp, inner": _scored("snp", groups=INNER),
     "gohsp, ranking alone": _scored("gohsp", isomorphic=True),
-    "auto, in rounds": _auto(in_rounds=True),
+    "auto, in rounds": _auto("snp", in_rounds=True),
+    "magnitude, inner": _scored("magnitude", groups=INNER),
+    "auto by magnitude": _auto("magnitude"),
     "snp, inner, in rounds": _uniform_in_rounds,
     "gohsp, by params": _gohsp("params"),
     MIXED: _scored(PairsBySNP()),
@@ -129,4 +131,7 @@ FOR_AUTO = ("snp, inner", "auto, in rounds", "snp, inner, in rounds")
 #: the share of the MACs that CP-ViT keeps within a point of accuracy, as published: below 60 %
 CP_VIT_CLAIM = 0.6
 #: measured without any training, at every budget
-UNTRAINED = ("snp", "magnitude", "taylor", "random", "gohsp, ranking alone", "cp-vit", "snp, inner", MIXED, "auto")
+UNTRAINED = (
+    *("snp", "magnitude", "taylor", "random", MIXED, "gohsp, ranking alone", "cp-vit"),
+    *("snp, inner", "auto", "magnitude, inner", "auto by magnitude"),
+)

@@ -47,7 +47,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def _cut(axes: Any, r: Results) -> None:
-    dense = r.values("accuracy", stage="dense")
+    dense = r.values("accuracy", stage="cut", method="dense")
     for method in MAIN:
         named = "gohsp, ranking alone" if method == "gohsp" else method
         points = _curve(r, "cut", named, r.setting["cuts"])

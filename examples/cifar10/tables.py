@@ -46,9 +46,13 @@ def percent(values: Iterable[float], unreachable: bool = False) -> str:
     """A share, or mean and range of several."""
     shares = [100 * value for value in values]
     if not shares:
-        return "cannot" if unreachable else NOT_RUN
+        return _missing(unreachable)
     mean = f"{statistics.mean(shares):.1f}"
     return mean if len(shares) == 1 else f"{mean} ({min(shares):.1f}–{max(shares):.1f})"
+
+
+def _missing(unreachable: bool) -> str:
+    return "cannot" if unreachable else NOT_RUN
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], words: int = 1) -> str:
@@ -65,19 +69,20 @@ def main_point(r: Results) -> str:
     for method in ("dense", *MAIN, MIXED, "gohsp, ranking alone", *FOR_AUTO):
         here = {"stage": "recovered", "method": method, "budget": s["main"]}
         first = {**here, "seed": 0}
+        beyond = any("unreachable" in c["facts"] for c in r.find(**here))
         times = [r.lasting(method, s["main"], batch) for batch in (1, 32)]
         after = r.values("accuracy", **here)
         less = statistics.mean(control) - statistics.mean(after) if control and after else None
         rows.append(
             [
                 "dense, trained on as long" if method == "dense" else method,
-                percent(r.values("macs_share", **first)),
-                percent(r.values("params_share", **first)),
-                *(NOT_RUN if t is None else f"{t[0]:.2f} ms, {t[1]:.2f} ×" for t in times),
-                percent(r.values("cut", **here)),
-                percent(after),
+                percent(r.values("macs_share", **first), beyond),
+                percent(r.values("params_share", **first), beyond),
+                *(_missing(beyond) if t is None else f"{t[0]:.2f} ms, {t[1]:.2f} ×" for t in times),
+                percent(r.values("cut", **here), beyond),
+                percent(after, beyond),
                 str(len(after)),
-                NOT_RUN if less is None else f"{-100 * less + 0.0:+.1f}",
+                _missing(beyond) if less is None else f"{-100 * less + 0.0:+.1f}",
             ]
         )
     head = ("method", "MACs", "parameters", "batch 1", "batch 32", "cut", "recovered", "seeds", "against dense")
@@ -100,9 +105,9 @@ def budgets(r: Results) -> str:
 
 def untrained(r: Results) -> str:
     """Right after the cut."""
-    rows = []
+    rows, dense = [], r.values("accuracy", stage="cut", method="dense")
     for method in UNTRAINED:
-        row = []
+        row = [percent(dense)]
         for share in r.setting["cuts"]:
             cells = r.find(stage="cut", method=method, budget=share)
             row.append(
@@ -112,7 +117,7 @@ def untrained(r: Results) -> str:
                 )
             )
         rows.append([method, *row])
-    return table(("cut, at MACs of", *(f"{share:.0%}" for share in r.setting["cuts"])), rows)
+    return table(("cut, at MACs of", "100%", *(f"{share:.0%}" for share in r.setting["cuts"])), rows)
 
 
 def one_kind(r: Results) -> str:
@@ -151,7 +156,9 @@ def auto(r: Results) -> str:
     shares = sorted({s["main"], *s["others"]}, reverse=True)
     compared = [
         ("cut", "auto", "snp, inner"),
+        ("cut", "auto by magnitude", "magnitude, inner"),
         ("cut", "auto", "cp-vit"),
+        ("cut", "auto by magnitude", "cp-vit"),
         ("recovered", "auto", "snp, inner"),
         ("recovered", "auto", "cp-vit"),
         ("recovered", "auto, in rounds", "snp, inner, in rounds"),
@@ -171,7 +178,7 @@ def auto(r: Results) -> str:
 
 def curve_of(r: Results, stage: str, method: str) -> list[tuple[float, float]]:
     """(MACs, accuracy) of a method's cells, and of the dense model that they are cut from or compared with."""
-    dense = r.values("accuracy", stage="dense") if stage == "cut" else r.recovered("dense", r.setting["main"])[:1]
+    dense = r.values("accuracy", stage=stage, method="dense", seed=0)
     cells = [c["facts"] for c in r.find(stage=stage, method=method, seed=0) if "accuracy" in c["facts"]]
     return [(1.0, a) for a in dense] + [(facts["macs_share"], facts["accuracy"]) for facts in cells]
 
