@@ -55,15 +55,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def command(script: str, *options: str | Path) -> list[str]:
-    return [sys.executable, str(EXAMPLE / script), *map(str, options)]
+def test_a_killed_grid_goes_on_and_is_reported(
+    data: Path, tmp_path: Path, module: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(script: str, *options: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+        module(script).main()
+        return capsys.readouterr().out
 
-
-def test_a_killed_grid_goes_on_and_is_reported(data: Path, tmp_path: Path) -> None:
     out, journal = tmp_path / "out", tmp_path / "out" / "journal.jsonl"
-    run = command("run.py", "--data", data, "--out", out, *SMALL)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    options = ["--data", str(data), "--out", str(out), *SMALL]
+    first = subprocess.Popen(
+        [sys.executable, EXAMPLE / "run.py", *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_text("utf-8").count("\n") > 4):
         assert first.poll() is None, "it ended before it could be killed"
@@ -75,24 +82,22 @@ def test_a_killed_grid_goes_on_and_is_reported(data: Path, tmp_path: Path) -> No
 
     with journal.open("a", encoding="utf-8") as file:
         file.write('{"cell": {"stage": "cu')  # a line that the kill cut short
-    second = subprocess.run([*run, "--json"], capture_output=True, text=True, env=env, check=True)
+    said = call("run", *options, "--json")
     lines = journal.read_text("utf-8").splitlines()
     records = [json.loads(line) for line in lines[1:]]
     assert lines[: len(done) - 1] == done[:-1], "what was measured before the kill is not measured again"
     found = [json.dumps(record["cell"]) for record in records]
     assert len(found) == len(set(found))
-    assert json.loads(second.stdout.splitlines()[-1]) == {"cells": len(found), "missing": []}
+    assert json.loads(said.splitlines()[-1]) == {"cells": len(found), "missing": []}
 
     page = tmp_path / "page.md"
     names = ("main", "budgets", "cut", "kinds", "maps", "agreement", "auto", "claims", "setup")
     page.write_text(
         "before\n" + "".join(f"<!-- table: cifar10-{n} -->\n<!-- end -->\n" for n in names) + "after\n", "utf-8"
     )
-    timing = command("latency.py", "--out", out, "--rounds", "1", "--seconds", "0", "--threads", "1")
-    subprocess.run(timing, capture_output=True, env=env, check=True)
+    call("latency", "--out", out, "--rounds", "1", "--seconds", "0", "--threads", "1")
     written = {"--results": tmp_path / "results.json", "--page": page, "--picture": tmp_path / "picture.png"}
-    options = [part for pair in written.items() for part in pair]
-    subprocess.run(command("report.py", "--out", out, *options), capture_output=True, env=env, check=True)
+    call("report", "--out", out, *(part for pair in written.items() for part in pair))
     text = page.read_text("utf-8")
     assert text.startswith("before\n")
     assert text.endswith("after\n")
