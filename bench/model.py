@@ -108,7 +108,7 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Images a second of every implementation, a panel a batch size."""
+    """The speed of every implementation beside the best peer's in the same round, a panel a batch size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,9 +123,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for i, (impl, colour) in enumerate(zip(impls, colours)):
             chosen = [r for r in rows if r["batch"] == batch and r["impl"] == impl and r["shape"] == r["pruned_shape"]]
             places = [names.index(r["shape"]) + (i - 2) * 0.16 for r in chosen]
-            axis.bar(places, [r["img_per_s"] for r in chosen], width=0.15, color=colour, label=impl)
+            axis.bar(places, [r["ratio_to_best_peer"] for r in chosen], width=0.15, color=colour, label=impl)
+        axis.axhline(1, color="#444444", linewidth=0.6)
         axis.set_xticks(range(len(names)), names, fontsize=8)
-        axis.set_ylabel("images / s")
+        axis.set_ylabel("speed, best peer = 1")
         axis.set_title(f"batch {batch}", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(frameon=False, fontsize=8, ncols=5, loc="lower right", bbox_to_anchor=(1, 1))
