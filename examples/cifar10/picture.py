@@ -85,6 +85,8 @@ def _timed(axes: Any, r: Results) -> None:
         else:
             _line(axes, method, points)
     models = r.latency["models"] if r.latency else {}
+    if not models:
+        axes.text(0.5, 0.5, "not measured yet", color=SOFT, ha="center", transform=axes.transAxes)
     for record in r.find(stage="small"):
         facts = record["facts"]
         if facts["checkpoint"] in models:
