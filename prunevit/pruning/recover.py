@@ -112,7 +112,7 @@ class _Run:
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched=recipe.sched,
-            num_epochs=-(-self.total // self.updates),
+            num_epochs=self.total / self.updates,  # a part of an epoch where max_steps ends training
             warmup_epochs=recipe.warmup_epochs,
             warmup_lr=recipe.warmup_lr,
             min_lr=recipe.min_lr,

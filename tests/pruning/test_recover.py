@@ -49,6 +49,13 @@ def test_it_learns_and_says_how_far_it_is() -> None:
     assert history[-1]["accuracy"] == accuracy(model, data) > 0.4
 
 
+def test_the_schedule_ends_where_training_ends() -> None:
+    steps = list[Step]()
+    recover(fresh(), problem(80), epochs=9, max_steps=15, warmup_epochs=0, min_lr=0.0, lr=1e-3, on_step=steps.append)
+    assert len(steps) == steps[-1].step == 15
+    assert steps[-1].lr < 0.02e-3 < steps[-2].lr  # a cosine of one epoch and a half, not of two
+
+
 def test_the_same_seed_gives_the_same_weights_and_leaves_the_callers_chance() -> None:
     before = torch.random.get_rng_state()
     models = [fresh() for _ in range(3)]
