@@ -22,6 +22,7 @@ import _gpu
 import torch
 import torch.nn.functional as F
 import typer
+from _works import TOKENS, Work, cost, make
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -29,12 +30,11 @@ from torch import Tensor
 from prunevit import shapes
 from prunevit._machine import machine
 from prunevit.benchmark import Peer, run_interleaved
-from prunevit_kernels import FusedMlp, HeadTable, NormLinear, Op, RaggedAttention, Target
+from prunevit_kernels import FusedMlp, NormLinear, Op, RaggedAttention, Target
 from prunevit_kernels.ragged_attention import ragged_attention
 
 IMPLS = ("prunevit", "eager", "eager padded", "torch.compile")
-TOKENS, LANES = 197, 16
-Work = dict[str, Any]  # name, batch, e, qk, v, f: one block of one model
+LANES = 16
 
 
 def works(names: list[str], batches: list[int]) -> list[Work]:
@@ -54,46 +54,18 @@ def relevant(op: str, all_works: list[Work]) -> list[Work]:
     found = {}
     for work in all_works:
         if work["f"] if op == "fused_mlp" else work["qk"]:
-            flops, touched = cost(op, work)
+            flops, touched, _ = cost(op, work, itemsize=4)
             found.setdefault((work["e"], work["batch"], flops, touched), work)
     return list(found.values())
 
 
-def cost(op: str, work: Work) -> tuple[int, int]:
-    """Floating-point operations, and bytes that must be read or written once."""
-    rows, e, f = work["batch"] * TOKENS, work["e"], work["f"]
-    qk, v = sum(work["qk"]), sum(work["v"])
-    if op == "ragged_attention":
-        return 2 * rows * TOKENS * (qk + v), 4 * rows * (2 * qk + 2 * v)
-    if op == "norm_linear":
-        d = 2 * qk + v
-        return 2 * rows * e * d, 4 * (rows * (e + d) + e * d)
-    return 4 * rows * e * f, 4 * (2 * rows * e + 2 * e * f)
-
-
-def make(op: str, work: Work) -> tuple[Op, list[Tensor]]:
-    """The op with random weights, and its buffers."""
-    b, e, f = work["batch"], work["e"], work["f"]
-    heads = HeadTable.packed(work["qk"], work["v"])
-
-    def buffer(width: int) -> Tensor:
-        return torch.randn(b, TOKENS, -(-width // LANES) * LANES)[..., :width]
-
-    if op == "ragged_attention":
-        return RaggedAttention(heads), [buffer(heads.width), buffer(heads.out_width)]
-    if op == "norm_linear":
-        weight = torch.randn(heads.width, e) / e**0.5
-        return NormLinear(e, weight, torch.randn(heads.width), 1e-6), [buffer(e), buffer(heads.width)]
-    w1, w2 = torch.randn(f, e) / e**0.5, torch.randn(e, f) / f**0.5 * 1e-3  # x is updated over and over
-    return FusedMlp(e, w1, torch.randn(f), w2, torch.zeros(e), "gelu", 1e-6), [buffer(e)]
-
-
 def build(impl: str, op: str, work: Work, threads: int) -> Callable[[], object]:
-    made, buffers = make(op, work)
+    target = Target("cpu", threads=threads)
+    made, buffers = make(op, work, target)
     if impl == "prunevit":
-        return made.pack(Target("cpu", threads=threads)).bind(*buffers)
+        return made.pack(target).bind(*buffers)
     if impl == "eager padded":
-        return padded(op, work)
+        return padded(op, work, target)
     function = unpadded(made)
     if impl == "torch.compile":
         function = torch.compile(function, dynamic=False)
@@ -113,7 +85,7 @@ def unpadded(op: Op) -> Callable[[Tensor], Tensor]:
     return mlp
 
 
-def padded(op: str, work: Work) -> Callable[[], object]:
+def padded(op: str, work: Work, target: Target) -> Callable[[], object]:
     """Heads padded to one width, or output widths to 16, ahead of time: the padding itself is not timed."""
     if op == "ragged_attention":
         size = (work["batch"], len(work["qk"]), TOKENS)
@@ -123,7 +95,7 @@ def padded(op: str, work: Work) -> Callable[[], object]:
     up = -(-work["f"] // LANES) * LANES
     d = 2 * sum(work["qk"]) + sum(work["v"])
     wide = {**work, "f": up} if op == "fused_mlp" else {**work, "v": [*work["v"][:-1], work["v"][-1] + -d % LANES]}
-    made, buffers = make(op, wide)
+    made, buffers = make(op, wide, target)
     function = unpadded(made)
     return lambda: function(buffers[0])
 
@@ -173,7 +145,7 @@ def measure(op: str, names: list[str], batches: list[int], threads: int, impls: 
     peak = statistics.median(rate for sample in probe.samples for rate in sample)
     rows = []
     for i, work in enumerate(todo):
-        flops, touched = cost(op, work)
+        flops, touched, _ = cost(op, work, itemsize=4)
         floor = max(flops / peak, touched / probe.facts["bandwidth"]) * 1e3
         times = {peer.name: statistics.median(sample[i] for sample in peer.samples) for peer in measured}
         best = min((ms for name, ms in times.items() if name != "prunevit"), default=None)

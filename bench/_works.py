@@ -1,4 +1,4 @@
-"""What is timed on a GPU: blocks and models of the published shapes, what they cost at least, and the goals."""
+"""What is timed: ops on the blocks of published shapes and their least cost; on a GPU also models, and the goals."""
 
 from __future__ import annotations
 
