@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -141,19 +141,10 @@ def test_image_sizes_share_memory_and_not_weights() -> None:
 def test_callers_take_turns_and_own_what_they_get() -> None:
     runtime, _ = recorded("cp_vit_cascade")
     inputs = [random_images(SPECS["cp_vit_cascade"], 1 + i % 3, seed=i) for i in range(12)]
-    got: dict[int, torch.Tensor] = {}
-
-    def work(worker: int) -> None:
-        for i in range(worker, len(inputs), 4):
-            got[i] = runtime(inputs[i])
-
-    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i, images in enumerate(inputs):
-        assert torch.equal(got[i], want("cp_vit_cascade", images))
+    with ThreadPoolExecutor(4) as callers:
+        got = list(callers.map(runtime, inputs))
+    for images, output in zip(inputs, got, strict=True):
+        assert torch.equal(output, want("cp_vit_cascade", images))
 
 
 def test_a_recording_that_fails_is_tried_again() -> None:

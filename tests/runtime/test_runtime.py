@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -74,19 +74,10 @@ def test_several_threads_may_call_one_runtime(backend: str) -> None:
     runtime = Runtime(random_model(spec), device="cpu", backend=backend)
     inputs = [random_images(spec, batch=1 + i % 3, seed=i) for i in range(12)]
     want = [runtime(images) for images in inputs]
-    got: dict[int, torch.Tensor] = {}
-
-    def work(worker: int) -> None:
-        for i in range(worker, len(inputs), 4):
-            got[i] = runtime(inputs[i])
-
-    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i, expected in enumerate(want):
-        torch.testing.assert_close(got[i], expected)
+    with ThreadPoolExecutor(4) as callers:
+        got = list(callers.map(runtime, inputs))
+    for output, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(output, expected)
 
 
 def test_training_the_model_further_does_not_reach_the_runtime() -> None:
