@@ -10,9 +10,9 @@ from torch import Tensor, float32
 
 from ._dispatch import HOW, owned, packed, register, run
 from ._expect import expect
-from ._fold import attention_ops, mlp_op
 from ._packs import Pack, Weights
 from ._workspace import View
+from .fold import Sublayer, attention_ops, mlp_op
 from .fused_mlp import Activation
 from .heads import HeadTable
 from .op import Op
@@ -50,7 +50,7 @@ def block(
 
     def make(target: Target, *tensors: Tensor | None) -> list[Op]:
         attends = _attention_ops(target, embed_dim, heads_key, scale, eps[0], rule, tensors[:9])
-        return [*attends, mlp_op(embed_dim, act, eps[1], tensors[9:])]
+        return [*attends, mlp_op(embed_dim, act, eps[1], Sublayer(*tensors[9:]))]  # type: ignore[arg-type]
 
     kind = ("block", embed_dim, *heads_key, scale, act, *eps, rule)
     pack = packed(kind, x, (*attention, *mlp), backend, trust_versions, make)
@@ -79,7 +79,9 @@ def _attention_ops(
     tensors: Sequence[Tensor | None],
 ) -> list[Op]:
     """norm and qkv, heads, scores where there is a rule, proj and residual."""
-    qkv, attention, out = attention_ops(target, embed_dim, *heads, scale, eps, tensors)
+    table = packed_table(*heads, target.alignment)
+    half = Sublayer(*tensors)  # type: ignore[arg-type]
+    qkv, attention, out = attention_ops(target, embed_dim, table, scale, eps, half)
     scored: list[Op] = [TokenScores(attention.heads, rule)] if rule else []  # type: ignore[arg-type]
     return [qkv, attention, *scored, out]
 
@@ -178,7 +180,7 @@ def run_mlp(x: Tensor, weights: Weights, act: Activation, eps: float, backend: s
     embed_dim = x.shape[-1]
 
     def make(target: Target, *tensors: Tensor | None) -> list[Op]:
-        return [mlp_op(embed_dim, act, eps, tensors)]
+        return [mlp_op(embed_dim, act, eps, Sublayer(*tensors))]  # type: ignore[arg-type]
 
     pack = packed(("mlp_sublayer", embed_dim, act, eps), x, weights, backend, trust, make)
     result: Tensor = run(pack, [("x", *x.shape)], [(0,)], {0: x})[0]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ._blocks import attention_sublayer, block, mlp_sublayer, packed_table, run_mlp
 from ._dispatch import HOW, cpu_extension_built, kernel_backend, owned, packed, packs, plain, register, run, target_of
-from ._fold import attention_ops, channels
 from ._workspace import View
+from .fold import Sublayer, attention_ops, channels
 from .fused_mlp import Activation
 from .fused_mlp.reference import ACTIVATIONS
 from .heads import HeadTable
@@ -178,7 +178,8 @@ def attention(
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
 
     def make(target: Target, *tensors: Tensor | None) -> list[Op]:
-        return list(attention_ops(target, out_dim, *heads_key, scale, None, (None, None, *tensors, None, None, None)))
+        table, half = packed_table(*heads_key, target.alignment), Sublayer(None, None, *tensors)  # type: ignore[arg-type]
+        return list(attention_ops(target, out_dim, table, scale, None, half))
 
     pack = packed(("attention", *heads_key, scale), x, weights, backend, trust_versions, make)
     rows, heads = (x.shape[0], x.shape[1]), packed_table(*heads_key, pack.target.alignment)

@@ -21,10 +21,11 @@ from prunevit_kernels import (
     PoolHead,
     RaggedAttention,
     Target,
+    fold,
 )
+from prunevit_kernels.fold import Sublayer, fold_norm, spread
 
 from ..spec import ViTSpec
-from .fold import fold_norm, fold_scale, fold_value_bias, spread_columns, spread_rows
 
 
 class Weights:
@@ -75,50 +76,33 @@ def patch_embed_op(spec: ViTSpec, weights: Weights, grid: tuple[int, int]) -> Pa
 
 def attention_ops(
     spec: ViTSpec, index: int, weights: Weights, target: Target
-) -> tuple[NormLinear, RaggedAttention, LinearResidual]:
+) -> tuple[NormLinear | LinearResidual, RaggedAttention, LinearResidual]:
     """norm1 and qkv, the heads, proj: folds made, each head's slices aligned as the target wants them."""
-    block, name = spec.blocks[index], f"blocks.{index}"
+    block = spec.blocks[index]
     heads = HeadTable.packed(block.qk_dims, block.v_dims, align=target.alignment)
-    qk_dim = sum(block.qk_dims)
-    norm = weights.affine(f"{name}.norm1")
-    weight, bias = fold_norm(
-        weights[f"{name}.attn.qkv.weight"], weights.get(f"{name}.attn.qkv.bias"), norm[0], norm[1], block.attn_reads
-    )
-    weight, bias = fold_scale(weight, bias, qk_dim, block.attn_scale)
-    proj = weights[f"{name}.attn.proj.weight"]
-    bias, proj_bias = fold_value_bias(bias, qk_dim, proj, weights.get(f"{name}.attn.proj.bias"))
-
-    weight, bias = spread_rows(weight, bias, heads.qkv_columns(), heads.width)
-    proj = spread_columns(proj, heads.out_columns(), heads.out_width)
-    qkv = NormLinear(spec.embed_dim, weight.float(), bias.float(), spec.norm_eps, block.attn_reads)
-    out = LinearResidual(
-        spec.embed_dim,
-        proj.float(),
-        proj_bias.float(),
-        _single(weights.get(f"{name}.ls1.gamma")),
-        block.attn_writes,
-    )
-    return qkv, RaggedAttention(heads), out
+    half = _half(weights, f"blocks.{index}", ("norm1", "attn.qkv", "attn.proj", "ls1"))
+    half = half._replace(reads=block.attn_reads, writes=block.attn_writes)
+    return fold.attention_ops(target, spec.embed_dim, heads, block.attn_scale, spec.norm_eps, half)
 
 
 def mlp_op(spec: ViTSpec, index: int, weights: Weights) -> FusedMlp:
     """norm2, fc1, activation, fc2."""
-    block, name = spec.blocks[index], f"blocks.{index}"
-    norm = weights.affine(f"{name}.norm2")
-    w1, b1 = fold_norm(
-        weights[f"{name}.mlp.fc1.weight"], weights.get(f"{name}.mlp.fc1.bias"), norm[0], norm[1], block.mlp_reads
-    )
-    return FusedMlp(
-        spec.embed_dim,
-        w1.float(),
-        b1.float(),
-        weights[f"{name}.mlp.fc2.weight"].float(),
-        _single(weights.get(f"{name}.mlp.fc2.bias")),
-        spec.act,
-        spec.norm_eps,
-        _single(weights.get(f"{name}.ls2.gamma")),
-        block.mlp_reads,
-        block.mlp_writes,
+    block = spec.blocks[index]
+    half = _half(weights, f"blocks.{index}", ("norm2", "mlp.fc1", "mlp.fc2", "ls2"))
+    half = half._replace(reads=block.mlp_reads, writes=block.mlp_writes)
+    return fold.mlp_op(spec.embed_dim, spec.act, spec.norm_eps, half)
+
+
+def _half(weights: Weights, block: str, names: tuple[str, str, str, str]) -> Sublayer:
+    norm, first, last, scale = (f"{block}.{name}" for name in names)
+    return Sublayer(
+        weights[f"{norm}.weight"],
+        weights[f"{norm}.bias"],
+        weights[f"{first}.weight"],
+        weights.get(f"{first}.bias"),
+        weights[f"{last}.weight"],
+        weights.get(f"{last}.bias"),
+        weights.get(f"{scale}.gamma"),
     )
 
 
@@ -134,11 +118,7 @@ def emptied_bias(spec: ViTSpec, index: int, weights: Weights, sublayer: str) -> 
     if bias is None:
         return None
     bias = bias if gamma is None else gamma * bias
-    if writes is None:
-        return bias
-    spread = bias.new_zeros(spec.embed_dim)
-    spread[list(writes)] = bias
-    return spread
+    return bias if writes is None else spread(bias, writes, spec.embed_dim)
 
 
 def pool_head_op(spec: ViTSpec, weights: Weights) -> PoolHead:

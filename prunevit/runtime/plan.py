@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from prunevit_kernels import FusedMlp, LinearResidual, Op, PatchEmbed, Rule, SelectTokens, Target, TokenScores
+from prunevit_kernels.fold import add_constant
 
 from ..spec import BlockSpec, TokenSelect, ViTSpec
-from .fold import add_constant
 from .latent_pool import LatentPool
 from .pack import Weights, attention_ops, emptied_bias, mlp_op, patch_embed_op, pool_head_op
 

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("error:.*reference path")  # a test of t
 SWITCHES: dict[str, dict[str, Any]] = {
     "plain": {},
     "no_biases": {"qkv_bias": False, "proj_bias": False},
+    "no_bias_after_the_values": {"proj_bias": False},
     "layer_scale": {"init_values": 0.1},
     "quick_gelu": {"act_layer": "quick_gelu"},
     "gelu_tanh": {"act_layer": "gelu_tanh"},

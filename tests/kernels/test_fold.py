@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prunevit.runtime.fold import add_constant, fold_norm, fold_scale, fold_value_bias, spread_columns, spread_rows
 from prunevit_kernels import FusedMlp, HeadTable, LinearResidual, PatchEmbed
+from prunevit_kernels.fold import add_constant, fold_norm, fold_scale, fold_value_bias, spread
 from prunevit_kernels.fused_mlp import fused_mlp
 from prunevit_kernels.linear_residual import linear_residual
 from prunevit_kernels.patch_embed import patch_embed
@@ -55,12 +55,12 @@ def test_aligned_slices_compute_the_same_and_their_gaps_are_zero() -> None:
     heads, tight = HeadTable.packed((5, 3), (4, 7), align=8), HeadTable.packed((5, 3), (4, 7))
     assert [offset % 8 for offset in (*heads.q, *heads.k, *heads.v, *heads.o)] == [0] * 8
     x, weight, bias, proj = rand(2, 6, 10), rand(tight.width, 10), rand(tight.width), rand(10, tight.out_width)
-    spread, spread_bias = spread_rows(weight, bias, heads.qkv_columns(), heads.width)
-    packed = F.linear(x, spread, spread_bias)
+    rows = heads.qkv_columns()
+    packed = F.linear(x, spread(weight, rows, heads.width), spread(bias, rows, heads.width))
     gaps = sorted(set(range(heads.width)) - set(heads.qkv_columns()))
     assert packed[..., gaps].abs().max() == 0
     want = ragged_attention(F.linear(x, weight, bias), tight) @ proj.T
-    got = ragged_attention(packed, heads) @ spread_columns(proj, heads.out_columns(), heads.out_width).T
+    got = ragged_attention(packed, heads) @ spread(proj, heads.out_columns(), heads.out_width, dim=1).T
     torch.testing.assert_close(got, want)
 
 
