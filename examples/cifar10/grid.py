@@ -17,6 +17,7 @@ from train import recover_for, train_dense
 
 import prunevit
 import prunevit.pruning
+from prunevit.data import Split
 from prunevit.errors import BudgetError
 from prunevit.models import PrunedViT
 
@@ -64,7 +65,7 @@ def cells(s: Setting) -> Iterator[Cell]:
 class Grid:
     """Runs cells. Everything that outlives a cell is a file below ``out``."""
 
-    def __init__(self, setting: Setting, images: dict[str, Images], out: Path, journal: Journal) -> None:
+    def __init__(self, setting: Setting, images: dict[Split, Images], out: Path, journal: Journal) -> None:
         self.setting, self.out, self.journal = setting, out, journal
         self.images = images | {"test": images["test"].first(setting.test)}
         self.lab: Lab | None = None
@@ -133,7 +134,8 @@ class Grid:
         return facts
 
     def _agreement(self, cell: Cell) -> dict[str, Any]:
-        return {"spearman": agreement(self._lab(), cell["kind"], *cell["scores"], cell["seed"])}
+        one, other = cell["scores"]
+        return {"spearman": agreement(self._lab(), cell["kind"], one, other, cell["seed"])}
 
     # -- parts -------------------------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ class Batches:
     def _once(self) -> Iterator[tuple[Tensor, Tensor]]:
         count = len(self.images)
         order = torch.randperm(count, generator=self.generator) if self.augment else torch.arange(count)
-        for chosen in order.split(self.batch):
+        for chosen in order.split(self.batch):  # type: ignore[no-untyped-call]
             if len(chosen) < self.batch and self.augment:
                 return
             pixels = self.images.pixels[chosen]

@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def measure(models: Path, threads: int, rounds: int, seconds: float) -> dict[str
     runtimes = {name: prunevit.Runtime(models / name, device="cpu", threads=threads) for name in names}
     size = runtimes["dense"].spec.img_size
     images = {batch: torch.randn(batch, 3, *size) for batch in BATCHES}
-    calls = {(name, batch): (lambda r=r, x=x: r(x)) for name, r in runtimes.items() for batch, x in images.items()}
+    calls = {(name, batch): partial(r, x) for name, r in runtimes.items() for batch, x in images.items()}
     samples: dict[tuple[str, int], list[float]] = {call: [] for call in calls}
     for call in calls.values():
         call()
@@ -58,7 +59,7 @@ def measure(models: Path, threads: int, rounds: int, seconds: float) -> dict[str
 
 
 def median_time(call: Callable[[], object], seconds: float) -> float:
-    taken, end = [], time.perf_counter() + seconds
+    taken, end = list[float](), time.perf_counter() + seconds
     while not taken or time.perf_counter() < end:
         start = time.perf_counter()
         call()

@@ -39,7 +39,7 @@ def attention_maps(model: PrunedViT, images: Tensor) -> list[Tensor]:
         model.eval()(images)
     for block, qkv in zip(model.spec.blocks, seen):
         widths = list(block.qk_dims)
-        queries, keys = (part.split(widths, -1) for part in qkv[..., : 2 * sum(widths)].chunk(2, -1))
+        queries, keys = (part.split(widths, -1) for part in qkv[..., : 2 * sum(widths)].chunk(2, -1))  # type: ignore[no-untyped-call]
         scores = [q @ k.mT * block.attn_scale for q, k in zip(queries, keys)]
         maps.append(torch.stack(scores, 1).softmax(-1))
     return maps

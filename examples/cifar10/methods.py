@@ -70,7 +70,7 @@ def _gohsp(unit: str) -> Method:
     def method(lab: Lab, budget: float, seed: int) -> Cut:
         s = lab.setting
         train = lab.steps(s.gohsp_stage_steps, seed)
-        options = {"stages": s.gohsp_stages, "rho": s.gohsp_rho, "recipe": recovery(s)}
+        options: dict[str, Any] = {"stages": s.gohsp_stages, "rho": s.gohsp_rho, "recipe": recovery(s)}
         model = _prune(lab, "gohsp", budget, seed, unit, isomorphic=True, train=train, **options)
         return Cut(model, s.gohsp_stages * s.gohsp_stage_steps)
 
@@ -81,7 +81,7 @@ def _uniform_in_rounds(lab: Lab, budget: float, seed: int) -> Cut:
     """SNP at one ratio for all, in equal factors, with recovery after each."""
     s = lab.setting
     train = lab.steps(s.steps // s.rounds, seed)
-    options = {"rounds": s.rounds, "recovery": {"epochs": 1, **recovery(s)}}
+    options: dict[str, Any] = {"rounds": s.rounds, "recovery": {"epochs": 1, **recovery(s)}}
     model = _prune(lab, "snp", budget, seed, groups=INNER, train=train, **options)
     return Cut(model, s.rounds * (s.steps // s.rounds))
 

@@ -96,7 +96,7 @@ def _timed(axes: Any, r: Results) -> None:
 
 
 def _curve(r: Results, stage: str, method: str, budgets: Any) -> list[tuple[float, ...]]:
-    points = []
+    points: list[tuple[float, ...]] = []
     for budget in budgets:
         found = [c["facts"] for c in r.find(stage=stage, method=method, budget=budget) if "accuracy" in c["facts"]]
         if found:

@@ -42,7 +42,8 @@ def collected(out: Path) -> dict[str, Any]:
     """The journal, the latencies, and what is still missing."""
     lines = (out / "journal.jsonl").read_text("utf-8").split("\n")[:-1]
     header, *records = [json.loads(line) for line in lines]
-    setting = Setting(**{name: tuple(v) if isinstance(v, list) else v for name, v in header["setting"].items()})
+    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in header["setting"].items()}
+    setting = Setting(**fields)
     done = [record["cell"] for record in records]
     missing = [cell for cell in cells(setting) if cell not in done]
     timed = out / "latency.json"

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from prunevit.models import PrunedViT
 from prunevit.pruning import METHODS, Group, Scorer
+from prunevit.pruning.groups import Kind
 
-KINDS = ("qk", "v", "mlp", "channel")
+KINDS: tuple[Kind, ...] = ("qk", "v", "mlp", "channel")
 
 
 @dataclass(frozen=True)
 class Reversed(Scorer):
     """SNP's ranking upside down: it tells a score that is worth nothing from one that is worth less than that."""
 
-    groups: ClassVar = KINDS
-    supports: ClassVar = KINDS
+    groups: ClassVar[tuple[Kind, ...]] = KINDS
+    supports: ClassVar[tuple[Kind, ...]] = KINDS
 
     def score(self, model: PrunedViT, groups: Sequence[Group], data: object, seed: int) -> dict[Group, Tensor]:
         return {group: -score for group, score in scores_of("snp", model, groups, data, seed).items()}
@@ -29,8 +30,8 @@ class Reversed(Scorer):
 class PairsBySNP(Scorer):
     """SNP for what it was made for, query-key pairs; the norm of its weights for any other unit."""
 
-    groups: ClassVar = KINDS
-    supports: ClassVar = KINDS
+    groups: ClassVar[tuple[Kind, ...]] = KINDS
+    supports: ClassVar[tuple[Kind, ...]] = KINDS
 
     def score(self, model: PrunedViT, groups: Sequence[Group], data: object, seed: int) -> dict[Group, Tensor]:
         pairs = [group for group in groups if group.kind == "qk"]
