@@ -142,5 +142,10 @@ def si(count: float, unit: str = "") -> str:
     return f"{count:.0f} {unit}".rstrip()
 
 
+def count(number: int, thing: str) -> str:
+    """ "1 epoch", "2 epochs"."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"

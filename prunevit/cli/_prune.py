@@ -19,7 +19,7 @@ from ..spec import ViTSpec
 from ._budgets import LOOKS_AT_IMAGES, Constraints
 from ._measure import accuracy
 from ._models import data_for, device_of, is_checkpoint, open_model, spec_of
-from ._output import Bar, Output, percent, si, table
+from ._output import Bar, Output, count, percent, si, table
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,9 @@ def _table(request: Request, before: ViTSpec, after: ViTSpec, result: Mapping[st
         dense, measured = took["dense_ms"], took["measured_ms"]
         made.add_row("latency", f"{dense:.2f} ms", f"{measured:.2f} ms", percent(measured / dense))
         made.caption = (
-            f"latency of {took['batch']} images, {took['backend']} on {took['device']}, {took['dtype']}, "
-            f"{took['threads']} threads: {took['predicted_ms']:.2f} ms by the table, {took['measured_ms']:.2f} ms the "
-            f"whole model ({took['error']:+.1%}), {took['limit_ms']:.2f} ms asked for"
+            f"latency of {count(took['batch'], 'image')}, {took['backend']} on {took['device']}, {took['dtype']}, "
+            f"{count(took['threads'], 'thread')}: {took['predicted_ms']:.2f} ms by the table, "
+            f"{took['measured_ms']:.2f} ms the whole model ({took['error']:+.1%}), {took['limit_ms']:.2f} ms asked for"
         )
         made.caption_justify = "left"
     if "accuracy" in result:

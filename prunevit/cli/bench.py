@@ -11,7 +11,7 @@ import typer
 
 from ._models import expect_there
 from ._options import Checkpoint, words
-from ._output import Json, percent, reporting, table
+from ._output import Json, count, percent, reporting, table
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -46,7 +46,7 @@ def command(
         from ..benchmark import MODEL_PEERS, compare, missing
 
         original = _dense_job(checkpoint) if dense else None
-        count = threads or _cores()
+        cores = threads or _cores()
         if peers is None:
             for reason in (missing(name) for name in MODEL_PEERS):
                 if reason is not None:
@@ -58,7 +58,7 @@ def command(
                     {"checkpoint": str(checkpoint)},
                     original,
                     batch=size,
-                    threads=count,
+                    threads=cores,
                     rounds=rounds,
                     seconds=seconds,
                     peers=words(peers),
@@ -88,7 +88,7 @@ def _cores() -> int:
 
 def _table(checkpoint: Path, comparison: Comparison) -> Any:
     rows = comparison.rows()
-    title = f"{checkpoint.resolve().name}, batch {comparison.batch}, {comparison.threads} threads, fp32"
+    title = f"{checkpoint.resolve().name}, batch {comparison.batch}, {count(comparison.threads, 'thread')}, fp32"
     made = table(("", "ms", "images/s", "of peak", "prunevit is"), (), title=title)
     ours = rows[0]
     for row in rows:

@@ -10,7 +10,7 @@ import typer
 
 from ._models import expect_there
 from ._options import BatchSize, Checkpoint, Data, Device, Out, Seed, Workers, pairs
-from ._output import Json, percent, reporting, table
+from ._output import Json, count, percent, reporting, table
 
 Teacher = Annotated[str | None, typer.Option(help="A timm model or checkpoint directory to learn from (distillation).")]
 Distillation = Annotated[
@@ -103,5 +103,6 @@ def command(
             "history": history,
         }
         rows = [("validation top-1", percent(before.top1, 2), percent(after.top1, 2))]
-        output.done(result, table(("", "before", "after"), rows, title=f"{checkpoint}, {epochs} epochs on {data}"))
+        title = f"{checkpoint}, {count(len(history), 'epoch')} on {data}"
+        output.done(result, table(("", "before", "after"), rows, title=title))
         output.say(f"wrote {written}")

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import DataError, expect
 from ._digits import DIGITS_CFG, Digits, read_digits
-from ._folder import Files, read_folder
+from ._folder import Files, new_classes, read_folder
 from ._split import SPLITS, Split
 
 
@@ -74,8 +74,11 @@ def load_data(
     else:
         folder, files = read_folder(Path(source), num_classes, label_names)
         data = ImageData(str(source), folder, files)
-    fits = not num_classes or len(data.label_names) == num_classes
-    expect(fits, DataError, f"{num_classes} classes in {source}, as the model has", got=len(data.label_names))
+    count = len(data.label_names)
+    fits = not num_classes or count == num_classes
+    expect(
+        fits, DataError, f"{num_classes} classes in {source}, as the model has", got=f"{count} ({new_classes(count)})"
+    )
     return data
 
 

@@ -120,5 +120,18 @@ def _class_indices(
         return {name: known.index(name) for name in folders}, known
     if num_classes and label_names:
         foreign = sorted(set(folders) - set(known))
-        raise DataError(f"expected class folders named as the model's classes ({known[:5]}…), got {foreign[:5]}")
+        raise DataError(
+            f"expected class folders named as the model's classes ({_some(known)}), got {_some(foreign)} "
+            f"({new_classes(len(folders))})"
+        )
     return {name: index for index, name in enumerate(folders)}, tuple(folders)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + ", …" * (len(names) > 5)
+
+
+def new_classes(count: int) -> str:
+    """What to do about data whose classes are not the model's."""
+    ways = f"prunevit finetune --new-classes, or model.reset_classifier({count})"
+    return f"to train a new classifier for these {count}: {ways}"

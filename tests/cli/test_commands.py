@@ -190,9 +190,14 @@ def test_finetune_can_learn_new_classes(call: Call, checkpoint: Path, tmp_path: 
     data = tmp_path / "images"
     refused = call("finetune", checkpoint, "--data", data, "--out", tmp_path / "no")
     assert refused.code == 1
+    assert "named as the model's classes" in refused.stderr
+    assert "to train a new classifier for these 2: prunevit finetune --new-classes" in refused.stderr
     assert not (tmp_path / "no").exists()
-    options = ("--data", data, "--new-classes", "--epochs", 3, "--lr", 1e-2, "--batch-size", 4)
-    assert call("finetune", checkpoint, *options, "--out", tmp_path / "two").code == 0
+    for epochs, said in ((3, "3 epochs on"), (1, "1 epoch on")):
+        options = ("--data", data, "--new-classes", "--epochs", epochs, "--lr", 1e-2, "--batch-size", 4)
+        answer = call("finetune", checkpoint, *options, "--out", tmp_path / "two")
+        assert answer.code == 0
+        assert said in " ".join(answer.stdout.split())
     model = api.load(tmp_path / "two")
     assert model.spec.num_classes == 2
     found = call("run", tmp_path / "two", data / "bright" / "3.png", "--backend", "torch", "--json").json
