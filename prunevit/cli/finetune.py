@@ -47,7 +47,7 @@ def command(
 ) -> None:
     """Fine-tune a checkpoint, or distil a teacher into it, and write the result.
 
-    Under torchrun (torchrun --nproc-per-node 2 -m prunevit finetune …) gradients are averaged over the processes.
+    Under torchrun (torchrun --nproc-per-node 2 -m prunevit finetune …) a step is one batch of each process.
     """
     given = pairs(recipe, "--recipe") | ({} if distillation is None else {"distillation": distillation})
     if distillation is not None and teacher is None:
@@ -81,12 +81,12 @@ def command(
             with output.bar("training") as bar:
                 options = {"epochs": epochs, "lr": lr, "seed": seed, **given}
                 history = recover(model, train, teacher=dense, state=state, on_step=bar.step, **options)
-            after = accuracy(model.eval(), held_out, where)
         finally:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
         if not first:
             return
+        after = accuracy(model.eval(), held_out, where)
         model.provenance = {**model.provenance, "accuracy": {"validation": after.top1, "data": data}}
         written = api.save(model, out)
         result = {

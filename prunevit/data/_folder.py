@@ -60,7 +60,7 @@ class Files(Dataset[tuple[Any, int]]):
             is_training=augment,
             use_prefetcher=False,
             num_workers=workers,
-            persistent_workers=workers > 0,
+            persistent_workers=False,  # workers that live on keep their first epoch's chance
             **{key: config[key] for key in keys},
         )
         return loader

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CheckpointError, PruningError, expect
+from .dealing import Dealer
 from .method import Batches, evaluating
 from .recipe import Loss, Recipe, Student
 from .training_state import read_facts, read_state, write_state
@@ -56,12 +56,15 @@ def recover(
     ``data`` has a length. With a ``teacher`` (in evaluation mode, left as it is), ``distillation`` is added.
     ``validation`` is evaluated after each epoch. ``state`` names a file that the run writes after each epoch and
     resumes from, to exactly what an uninterrupted run would have come to. ``penalty`` adds to the loss of each batch;
-    ``on_step`` is called after each step. The others are the fields of :class:`Recipe`. Under ``torchrun`` gradients
-    are averaged over the processes, and batches dealt out to them unless ``data`` has a distributed sampler.
+    ``on_step`` is called after each step. The others are the fields of :class:`Recipe`.
 
-    Chance comes from the recipe's seed and the epoch alone (a loader's own generators are seeded too); the caller's
-    random state is left as it was. Raises :class:`PruningError` on options that do not exist and on a loss that is no
-    number, :class:`CheckpointError` on a state of another run.
+    Under ``torchrun`` gradients are averaged over the processes, and batches dealt out to them: a step is one batch of
+    each. A plain ``DataLoader`` reads only its own process's images; any other iterable is gone through whole by every
+    process, which trains on its own batches. A loader with a ``DistributedSampler`` is used as it is.
+
+    Chance comes from the recipe's seed, the epoch and the process alone (a loader's own generators are seeded too, and
+    its workers start anew); the caller's random state is left as it was. Raises :class:`PruningError` on options that
+    do not exist and on a loss that is no number, :class:`CheckpointError` on a state of another run.
     """
     run = _Run(model, data, teacher, validation, Recipe.of(recipe), None if state is None else Path(state))
     run.penalty, run.on_step = penalty, on_step
@@ -94,16 +97,11 @@ class _Run:
         recipe: Recipe,
         state: Path | None,
     ) -> None:
-        self.model, self.data, self.validation, self.recipe, self.state = model, data, validation, recipe, state
+        self.model, self.validation, self.recipe, self.state = model, validation, recipe, state
         self.device = next(model.parameters()).device
         self.rank, self.world = _join_processes(self.device)
-        self.dealt = not isinstance(getattr(data, "sampler", None), torch.utils.data.DistributedSampler)
-        expect(
-            isinstance(data, Sized), PruningError, "data with a length, such as a DataLoader", got=type(data).__name__
-        )
-        batches = len(data) // (self.world if self.dealt else 1)  # type: ignore[arg-type]
-        expect(batches > 0, PruningError, f"a batch for each of {self.world} processes", got=f"{batches} batches")
-        self.batches, self.updates = batches, -(-batches // recipe.accumulate)
+        self.dealer = Dealer(data, self.rank, self.world)
+        self.updates = -(-self.dealer.batches // recipe.accumulate)
         self.total = min(recipe.max_steps or 2**62, recipe.epochs * self.updates)
         self.loss = Loss(recipe, model, teacher)
         student = Student(model, Loss.features(recipe, teacher))
@@ -136,7 +134,6 @@ class _Run:
         for epoch in range(len(self.history), self.recipe.epochs):
             if self.step >= self.total:
                 break
-            self._seed(epoch)
             self.student.train()
             mean = self._epoch(epoch)
             facts = {"epoch": epoch, "steps": self.step, "loss": mean, "lr": self.optimizer.param_groups[0]["lr"]}
@@ -152,9 +149,9 @@ class _Run:
     def _epoch(self, epoch: int) -> float:
         losses, waiting, group = [], 0, 0
         self.optimizer.zero_grad()
-        for at, (images, labels) in enumerate(self._dealt_out()):
+        for at, (images, labels) in enumerate(self.dealer.epoch(self.recipe.seed, epoch)):
             if at % self.recipe.accumulate == 0:
-                group = min(self.recipe.accumulate, self.batches - at)
+                group = min(self.recipe.accumulate, self.dealer.batches - at)
             images, target = images.to(self.device), labels.to(self.device)
             if self.mix is not None:
                 images, target = self.mix(images, target)
@@ -194,28 +191,8 @@ class _Run:
             lr = self.optimizer.param_groups[0]["lr"]
             self.on_step(Step(self.step, self.total, epoch, loss, lr))
 
-    def _dealt_out(self) -> Iterator[Sequence[Tensor]]:
-        if not self.dealt or self.world == 1:
-            return iter(self.data)
-        return islice(islice(iter(self.data), self.rank, None, self.world), self.batches)
-
     def _best(self) -> nn.Module:
         return self.model if self.ema is None else self.ema.module
-
-    def _seed(self, epoch: int) -> None:
-        seed = (self.recipe.seed * 1_000_003 + epoch) % 2**32
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        loader: Any = self.data
-        for generator in (
-            getattr(loader, "generator", None),
-            getattr(getattr(loader, "collate_fn", None), "generator", None),
-        ):
-            if isinstance(generator, torch.Generator):
-                generator.manual_seed(seed)
-        if not self.dealt:
-            loader.sampler.set_epoch(epoch)
 
     # -- on disk -----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -79,14 +80,6 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_callers_chance() ->
 def test_an_interrupted_run_resumes_to_the_same_weights(recipe: dict[str, object], tmp_path: Path) -> None:
     whole, broken = fresh(), fresh()
     history = recover(whole, problem(), epochs=3, **recipe)
-
-    class Interrupted(Exception):
-        pass
-
-    def stop(step: Step) -> None:
-        if step.epoch == 1:
-            raise Interrupted
-
     with pytest.raises(Interrupted):
         recover(broken, problem(), epochs=3, state=tmp_path / "run", on_step=stop, **recipe)
     again = fresh()
@@ -184,30 +177,78 @@ def test_data_without_a_length_is_refused() -> None:
 
 
 WORKER = """
+import json, os, sys
+from collections import Counter
 import torch
-from tests.pruning.test_recover import fresh, weights, SPEC
-from tests.specs import random_images
+import torch.distributed as dist
+from torch.utils.data import DataLoader, TensorDataset
+import prunevit.data._folder as folder
+from prunevit.data import load_data
 from prunevit.pruning import recover
+from tests.pruning.test_recover import SPEC, Interrupted, fresh, stop, weights
+from tests.specs import random_images
+
 images, labels = random_images(SPEC, 8).double(), torch.arange(8) % 7
-data = [(images[:4], labels[:4]), (images[4:], labels[4:])]
-model = fresh().double()
-recover(model, data, epochs=3, opt="sgd", lr=0.1)
-one = fresh().double()
-import torch.distributed as dist, os
+sgd = {"epochs": 3, "opt": "sgd", "lr": 0.1}
+shuffled = {"shuffle": True, "generator": torch.Generator()}
+dataset = TensorDataset(images, labels)
+dealt, loaded, folders = fresh().double(), fresh().double(), [fresh() for _ in range(3)]
+recover(dealt, [(images[:4], labels[:4]), (images[4:], labels[4:])], **sgd)
+recover(loaded, DataLoader(dataset, 2, **shuffled), **sgd)
+
+# the folder's augmentation is by chance: two runs are the same only if all of it comes from the seed
+data = load_data(sys.argv[1])
+config = {"input_size": (3, 12, 16), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.2,) * 3,
+          "crop_pct": 1.0, "crop_mode": "center"}
+loader = data.loader("train", config, batch_size=4, augment=True)
+whole, broken, resumed = folders
+decoded, read = [], folder.Files.__getitem__
+folder.Files.__getitem__ = lambda self, index: decoded.append(index) or read(self, index)
+recover(whole, loader, epochs=2)
+everybodys = [None] * 2
+dist.all_gather_object(everybodys, decoded)
+assert len(loader) == 4
+assert Counter(everybodys[0] + everybodys[1]) == Counter({i: 2 for i in range(16)}), everybodys
+try:
+    recover(broken, loader, epochs=2, state=sys.argv[2], on_step=stop)
+except Interrupted:
+    recover(resumed, loader, epochs=2, state=sys.argv[2])
+assert torch.equal(weights(resumed), weights(whole))
+
 rank = dist.get_rank()
 dist.destroy_process_group()
 os.environ["WORLD_SIZE"] = "1"
-recover(one, [(images, labels)], epochs=3, opt="sgd", lr=0.1)
-torch.testing.assert_close(weights(model), weights(one))
+one, other = fresh().double(), fresh().double()
+recover(one, [(images, labels)], **sgd)
+torch.testing.assert_close(weights(dealt), weights(one))
+recover(other, DataLoader(dataset, 4, **shuffled), **sgd)
+torch.testing.assert_close(weights(loaded), weights(other))
+assert not torch.allclose(weights(loaded), weights(dealt)), "shuffling matters here"
 print(f"same {rank}\\n", end="", flush=True)
 """
 
 
+class Interrupted(Exception):
+    pass
+
+
+def stop(step: Step) -> None:
+    if step.epoch == 1:
+        raise Interrupted
+
+
 @pytest.mark.slow
 def test_two_processes_under_torchrun_are_one_larger_batch(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+        (tmp_path / "images" / "val" / name).mkdir(parents=True)
+        for i in range(12):
+            part = "val" if i >= 10 else "train"
+            Image.new("RGB", (20, 16), (100 + 10 * i, 20 * i, 5)).save(tmp_path / "images" / part / name / f"{i}.png")
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    command += [str(tmp_path / "images"), str(tmp_path / "state")]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
