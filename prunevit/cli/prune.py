@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ._budgets import KINDS, METHODS, constraints_of, methods_of
+from ._budgets import KINDS, constraints_of, methods_of
 from ._models import expect_there
 from ._options import Backend, BatchSize, Device, MaybeData, Out, Pretrained, Seed, Workers, pairs, words
 from ._output import Json, reporting
@@ -21,8 +21,8 @@ Model = Annotated[str, typer.Argument(help="A timm model by name, or a checkpoin
 Method = Annotated[
     list[str],
     typer.Option(
-        help=f"How to choose what goes: {', '.join(METHODS)}. Several, as a list or the option again, run one after "
-        f"another; snp,taylor:head,mlp says which kinds each takes ({', '.join(KINDS)})."
+        help="How to choose what goes. Several, as a list or the option again, run one after another; "
+        f"snp,taylor:head,mlp says which kinds each takes ({', '.join(KINDS)})."
     ),
 ]
 Option = Annotated[
@@ -101,7 +101,9 @@ RecipeOption = Annotated[
 Tau = Annotated[
     float | None, typer.Option(min=0, max=1, help="Accuracy that a round may lose.", rich_help_panel=SEARCH)
 ]
-ScorerName = Annotated[str | None, typer.Option(help="Who ranks units: any scorer.", rich_help_panel=SEARCH)]
+ScorerName = Annotated[
+    str | None, typer.Option(help="Who ranks units: snp, magnitude, taylor, gohsp or random.", rich_help_panel=SEARCH)
+]
 JournalFile = Annotated[
     Path | None, typer.Option(help="Write every probe here; an interrupted search continues.", rich_help_panel=SEARCH)
 ]
@@ -155,7 +157,22 @@ def command(
     workers: Workers = 0,
     as_json: Json = False,
 ) -> None:
-    """Prune a ViT to a budget and write a checkpoint that the runtime executes in exactly its shape."""
+    """Prune a ViT to a budget and write a checkpoint that the runtime executes in exactly its shape.
+
+    Methods; those with * measure on --data:
+    magnitude  the norm of a unit's weights
+    taylor *   how much the loss would change without the unit
+    snp *      pairs by preserved attention scores, the rest by redundancy
+    gohsp *    heads by similarity of attention maps; can train towards the cut
+    auto *     searches ratios for attention and MLP that keep accuracy
+    cp-vit *   drops tokens and heads that little attention is paid to
+    evit       drops tokens, and fuses them into one
+    random     by chance, to compare with
+
+    Redundancy ranked values and MLP neurons worse than chance on digits and
+    CIFAR-10 (docs/methods.md). Pairs by snp and the rest by magnitude:
+    --method snp:qk,magnitude:v,mlp,channel --macs 90%,50%
+    """
     methods = methods_of(method)
     constraints = constraints_of({"macs": macs, "params": params, "latency": latency, "memory": memory}, methods)
     if not constraints and pruning_ratio is None and ratios is None and shape is None:

@@ -12,6 +12,10 @@ stream, averaged.
 Our reading: γ is unpublished, and here by default the number of vectors that carry ``energy`` of Σσ²; zero rows have
 cosine 0 with everything and would rank as the most precious, so that rows without incoming or outgoing weight are
 taken out first and go first; heads and sublayers have no score of their own (combine with another method).
+
+Measured (docs/methods.md): on digits and CIFAR-10 the redundancy formula ranks values and MLP neurons worse than
+chance, and channels no better; pairs are ranked well. Pairs by SNP and the rest by magnitude, with a budget for each:
+``prune(model, ["snp:qk", "magnitude:v,mlp,channel"], [{"macs": "90%"}, {"macs": "50%"}], data)``.
 """
 
 from __future__ import annotations
@@ -34,7 +38,11 @@ _DEAD = 1e-6  # of the mean norm of a matrix's rows: what weight decay leaves of
 
 @dataclass(frozen=True)
 class SNP(Scorer):
-    """``gamma`` leading singular vectors (None: as many as carry ``energy``), on ``images`` calibration images."""
+    """``gamma`` leading singular vectors (None: as many as carry ``energy``), on ``images`` calibration images.
+
+    Its formula for values, MLP neurons and channels ranked them no better than chance where it was measured: for these,
+    consider magnitude, as in ``["snp:qk", "magnitude:v,mlp,channel"]`` with constraints for each (docs/methods.md).
+    """
 
     gamma: int | None = None
     energy: float = 0.9

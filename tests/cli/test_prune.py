@@ -45,6 +45,20 @@ def test_the_command_line_knows_the_methods_and_kinds() -> None:
     assert _budgets.KINDS == KINDS == get_args(Kind)
 
 
+def test_help_says_what_each_method_does(call: Call) -> None:
+    methods, rest = call("prune", "--help").stdout.split("Methods; ")[1].split("Redundancy ranked")
+    lines = {line.split()[0]: line for line in methods.splitlines()[1:] if line.strip()}
+    assert set(lines) == set(METHODS)
+    assert {name for name, line in lines.items() if line.split()[1] == "*"} == set(_budgets.LOOKS_AT_IMAGES)
+    assert "--method snp:qk,magnitude:v,mlp,channel --macs 90%,50%" in rest
+
+
+def test_the_combination_that_help_names(prune: Any) -> None:
+    found = prune("--method", "snp:qk,magnitude:v,mlp,channel", "--macs", "90%,50%", *DIGITS)
+    assert found["method"] == ["snp:qk", "magnitude:v,mlp,channel"]
+    assert 0.3 < found["macs"]["ratio"] <= 0.5
+
+
 @pytest.mark.parametrize(
     ("method", "needs"),
     [
