@@ -22,9 +22,9 @@ import _gpu
 import torch
 import torch.nn.functional as F
 import typer
+from _show import table
 from _works import TOKENS, Work, cost, make
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from prunevit import shapes
@@ -170,21 +170,21 @@ def measure(op: str, names: list[str], batches: list[int], threads: int, impls: 
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """One line a shape and batch: microseconds of every implementation, and how prunevit stands."""
-    impls = list(dict.fromkeys(row["impl"] for row in rows))
-    first = rows[0]
-    title = f"{first['op']}, µs; peak {first['fma_peak_gflops']} GFLOP/s, memory {first['bandwidth_gb_s']} GB/s"
-    table = Table(title=title)
-    for column in ("shape", "batch", *impls, "GFLOP/s", "of floor", "to best peer"):
-        table.add_column(column, justify="left" if column == "shape" else "right", no_wrap=column == "shape")
+    """A table a model, a line a block and batch: microseconds of every implementation, and how prunevit stands."""
+    impls, first = list(dict.fromkeys(row["impl"] for row in rows)), rows[0]
+    tables: dict[str, list[tuple[str, ...]]] = {}
     for i in range(0, len(rows), len(impls)):
         group = {row["impl"]: row for row in rows[i : i + len(impls)]}
         ours = group.get("prunevit", rows[i])
-        cells = [f"{group[impl]['us']:.0f}" for impl in impls]
+        model, _, block = ours["shape"].rpartition(".")
         ratio = ours["ratio_to_best_peer"]
-        share = (f"{ours['gflops']:.0f}", f"{ours['fraction_of_floor']:.0%}", f"{ratio:.2f} ×" if ratio else "")
-        table.add_row(ours["shape"], str(ours["batch"]), *cells, *share)
-    Console().print(table)
+        times = (f"{group[impl]['us']:.0f}" for impl in impls)
+        share = (f"{ours['gflops']:.0f}", f"{ours['fraction_of_floor']:.0%}", f"{ratio:.2f}" if ratio else "–")
+        tables.setdefault(model, []).append((block, str(ours["batch"]), *times, *share))
+    peaks = f"peak {first['fma_peak_gflops']} GFLOP/s, memory {first['bandwidth_gb_s']} GB/s"
+    for model, lines in tables.items():
+        columns = ("block", "batch", *impls, "GFLOP/s", "of floor", "× best peer")
+        Console().print(table(f"{first['op']} of {model}, µs; {peaks}", columns, lines))
 
 
 def command(op: str) -> None:

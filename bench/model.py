@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import _gpu
 import torch
 import typer
+from _show import table
 from rich.console import Console
 from rich.table import Table
 
@@ -75,36 +76,26 @@ def measure(shape: str, batch: int, threads: int, rounds: int, seconds: float) -
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="prunevit against the best peer on the same pruned model, interleaved")
-    for column in (
-        "shape",
-        "batch",
-        "ms",
-        "best peer",
-        "× best peer",
-        "goal",
-        "share of peak",
-        "goal",
-        "× dense",
-        "MACs ratio",
-    ):
-        table.add_column(column, justify="left" if column in ("shape", "best peer") else "right")
+    columns = ("shape", "batch", "ms", "best peer", "× best peer", "goal", "of peak", "goal", "× dense", "MACs ratio")
+    cells = []
     for row in (row for row in rows if row["impl"] == "prunevit"):
         b1, b8, share = GOALS.get(row["shape"], (None, None, None))
         goal = {1: b1, 8: b8}.get(row["batch"])
-        table.add_row(
-            row["shape"],
-            str(row["batch"]),
-            f"{row['ms_p50']:.2f}",
-            row["best_peer"],
-            f"{row['ratio_to_best_peer']:.2f}",
-            f"{goal:.1f}" if goal else "–",
-            f"{row['fraction_of_peak']:.0%}",
-            f"{share:.0%}" if share and row["batch"] == 8 else "–",
-            f"{row['pruned_over_dense']:.2f}",
-            f"{row['macs_ratio']:.2f}",
+        cells.append(
+            (
+                row["shape"],
+                str(row["batch"]),
+                f"{row['ms_p50']:.1f}",
+                row["best_peer"],
+                f"{row['ratio_to_best_peer']:.2f}",
+                f"{goal:.1f}" if goal else "–",
+                f"{row['fraction_of_peak']:.0%}",
+                f"{share:.0%}" if share and row["batch"] == 8 else "–",
+                f"{row['pruned_over_dense']:.2f}",
+                f"{row['macs_ratio']:.2f}",
+            )
         )
-    return table
+    return table("prunevit against the best peer on the same pruned model, interleaved", columns, cells)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -145,16 +136,14 @@ def roofline(shape: str, batch: int, device: str, threads: int, rounds: int) -> 
 def roofline_table(shape: str, it: Explanation) -> Table:
     peaks = [f"{it.peaks.flops / 1e9:.0f} GFLOP/s", f"{it.peaks.memory / 1e9:.0f} GB/s"]
     peaks += [f"{it.peaks.exps / 1e9:.0f} G exponentials/s"] if it.peaks.exps is not None else []
-    table = Table(title=f"{shape}, batch {it.batch}, {it.dtype} on {it.device}; {', '.join(peaks)} at most")
-    for column in ("step", "µs", "floor µs", "of floor", "bound by", "kernel"):
-        table.add_column(column, justify="right" if "µs" in column or column == "of floor" else "left", no_wrap=True)
-    for step in it.steps:
-        times = f"{1e3 * step.ms:.1f}", f"{1e3 * step.floor_ms:.1f}", f"{step.floor_ms / step.ms:.0%}"
-        table.add_row(step.name, *times, step.bound, step.kernel)
-    floor = sum(step.floor_ms for step in it.steps)
-    whole = f"{1e3 * it.call_ms:.1f}", f"{1e3 * floor:.1f}", f"{floor / it.call_ms:.0%}"
-    table.add_row("a whole call", *whole, "", "", style="bold")
-    return table
+
+    def line(name: str, ms: float, floor_ms: float, bound: str = "", kernel: str = "") -> tuple[str, ...]:
+        return name, f"{1e3 * ms:.1f}", f"{1e3 * floor_ms:.1f}", f"{floor_ms / ms:.0%}", bound, kernel
+
+    rows = [line(step.name, step.ms, step.floor_ms, step.bound, step.kernel) for step in it.steps]
+    rows.append(line("a whole call", it.call_ms, sum(step.floor_ms for step in it.steps)))
+    title = f"{shape}, batch {it.batch}, {it.dtype} on {it.device}; {', '.join(peaks)} at most"
+    return table(title, ("step", "µs", "floor µs", "of floor", "bound by", "kernel"), rows)
 
 
 def main(
@@ -177,7 +166,7 @@ def main(
         _gpu.expect_gpu()
     if roofline_:
         for shape, size in product(names, batches):
-            Console(width=150).print(roofline_table(shape, roofline(shape, size, device, threads, rounds)))
+            Console().print(roofline_table(shape, roofline(shape, size, device, threads, rounds)))
         return
     if device == "cuda":
         _gpu.bench("model", names, batches, out, limit=limit, impls=impls.split(",") if impls else None)

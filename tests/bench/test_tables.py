@@ -1,0 +1,47 @@
+"""The benchmarks' tables, drawn from the committed results on a terminal of eighty columns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture(autouse=True)
+def bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((BENCH / "results" / f"{name}-cpu.json").read_text("utf-8"))["rows"]
+    return rows
+
+
+@pytest.mark.parametrize("op", ["ragged_attention", "fused_mlp", "norm_linear"])
+def test_an_ops_table_shows_every_number_whole(op: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import _ops
+
+    rows = rows_of(op)
+    _ops.show(rows)
+    shown = capsys.readouterr().out.split()
+    assert "…" not in "".join(shown)
+    for row in rows:
+        assert f"{row['us']:.0f}" in shown
+
+
+def test_the_models_table_shows_every_number_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    import model
+
+    rows = rows_of("model")
+    Console().print(model.table_of(rows))
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    for row in (row for row in rows if row["impl"] == "prunevit"):
+        want = row["shape"], f"{row['ms_p50']:.1f}", row["best_peer"], f"{row['macs_ratio']:.2f}"
+        assert any(set(want) <= set(line.split()) for line in lines)
