@@ -18,7 +18,7 @@ BINDINGS = ROOT / "csrc" / "bindings_cuda.cpp"
 OBJECTS = ROOT / "build" / "cuda"
 NAME = "prunevit_kernels._cuda"
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
-ONLY_FOR = {"fused_wgmma.cu": "90a"}
+ONLY_FOR = {"fused_wgmma.cu": "90a", "wgmma_gemms.cu": "90a"}
 
 
 def find_nvcc() -> str | None:
@@ -52,22 +52,24 @@ def gencodes(archs: list[str]) -> list[str]:
     return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes.items()]
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str]) -> str:
+    """What the command said."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
 
 
 def compile_once(command: list[str], source: Path, built: Path, headers: list[Path]) -> Path:
     """``built``, compiled by ``command`` unless it is from that command and newer than all that it is made of."""
-    by = built.with_suffix(".txt")  # the command that made it
+    by, said = built.with_suffix(".txt"), built.with_suffix(".log")  # the command that made it, and what it said
     whole = [*command, "-c", str(source)]
-    same = built.exists() and by.exists() and by.read_text() == " ".join(whole)
+    same = built.exists() and said.exists() and by.exists() and by.read_text() == " ".join(whole)
     if same and built.stat().st_mtime > max(path.stat().st_mtime for path in (source, *headers)):
         return built
     built.parent.mkdir(parents=True, exist_ok=True)
     making = built.with_suffix(f".{os.getpid()}.o")  # another build may be reading the old one
-    run([*whole, "-o", str(making)])
+    said.write_text(run([*whole, "-o", str(making)]))
     making.replace(built)
     by.write_text(" ".join(whole))
     return built

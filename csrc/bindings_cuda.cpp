@@ -17,7 +17,13 @@ namespace {
 constexpr std::pair<const char*, Kernel> kKernels[] = {{"fused", Kernel::fused},
                                                        {"split", Kernel::split},
                                                        {"two_gemms", Kernel::two_gemms},
-                                                       {"wgmma", Kernel::wgmma}};
+                                                       {"wgmma", Kernel::wgmma},
+                                                       {"wgmma_gemms", Kernel::wgmma_gemms}};
+#if defined(PRUNEVIT_WGMMA)
+constexpr bool kHopper = true;
+#else
+constexpr bool kHopper = false;
+#endif
 constexpr std::pair<const char*, Act> kActs[] = {{"gelu", Act::gelu},
                                                  {"gelu_tanh", Act::gelu_tanh},
                                                  {"quick_gelu", Act::quick_gelu},
@@ -60,7 +66,7 @@ Device device_of(int index) {
     const int sm = attribute(cudaDevAttrComputeCapabilityMajor, index) * 10 +
                    attribute(cudaDevAttrComputeCapabilityMinor, index);
     return {sm, attribute(cudaDevAttrMultiProcessorCount, index),
-            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
+            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index), kHopper};
 }
 
 // The GPU that the pointers belong to is current while this lives.
@@ -130,6 +136,7 @@ public:
         a.act = named(kActs, act, "an activation");
         a.splits = plan.splits;
         a.slots = plan.slots;
+        a.tile_chunks = plan.tile_chunks;
         const int64_t partial = round_up_bytes(plan.partial_bytes), needed = partial + plan.hidden_bytes;
         if (needed > 0) {
             auto* const memory = pointer<unsigned char>(workspace.value_or(Memory{0, 0}), needed, 16, "a workspace");
@@ -138,17 +145,19 @@ public:
         }
 
         const Dtype type = named(kDtypes, dtype, "a dtype");
-        if (plan.kernel == Kernel::two_gemms) {
-            launches_.push_back(expand_launch(type, shape, plan));
-            launches_.push_back(contract_launch(type, shape, plan));
-        } else if (plan.kernel == Kernel::wgmma) {
+        switch (plan.kernel) {
+            case Kernel::fused:
+            case Kernel::split: launches_ = {fused_launch(type, shape, plan)}; break;
+            case Kernel::two_gemms:
+                launches_ = {expand_launch(type, shape, plan), contract_launch(type, shape, plan)};
+                break;
 #if defined(PRUNEVIT_WGMMA)
-            launches_.push_back(wgmma_launch(type, shape, plan));
-#else
-            throw std::invalid_argument("fused_mlp kernel 'wgmma' is not in this build: PRUNEVIT_CUDA_ARCHS left out 90a");
+            case Kernel::wgmma: launches_ = {wgmma_launch(type, shape, plan)}; break;
+            case Kernel::wgmma_gemms:
+                launches_ = {wgmma_expand_launch(type, shape, plan), wgmma_contract_launch(type, shape, plan)};
+                break;
 #endif
-        } else {
-            launches_.push_back(fused_launch(type, shape, plan));
+            default: expect_hopper(plan.kernel, shape, {90, 0, 0, kHopper});
         }
         if (plan.splits > 1) launches_.push_back(reduce_launch(type, shape));
         const OnDevice here(device_, plan_, shape);
@@ -185,7 +194,10 @@ PYBIND11_MODULE(_cuda, m) {
         .def("__repr__", [](const Shape& s) { return "Shape(" + describe(s) + ")"; });
 
     py::class_<Device>(m, "Device", "What the choice of a kernel depends on")
-        .def(py::init<int, int, int>(), py::arg("sm"), py::arg("multiprocessors"), py::arg("shared_limit"))
+        .def(py::init([](int sm, int multiprocessors, int shared_limit) {
+                 return Device{sm, multiprocessors, shared_limit, kHopper};
+             }),
+             py::arg("sm"), py::arg("multiprocessors"), py::arg("shared_limit"))
         .def_static("of", &device_of, py::arg("index"))
         .def_readonly("sm", &Device::sm)
         .def_readonly("multiprocessors", &Device::multiprocessors)

@@ -23,9 +23,10 @@ struct Arguments {
     float eps;
     Act act;
     int splits;                // CTAs along the hidden width
-    int slots;                 // weight tiles in wgmma's ring
+    int slots;                 // weight tiles in the ring of wgmma, or of wgmma_gemms' first launch
+    int tile_chunks;           // chunks of hidden columns in a tile of wgmma_gemms' first launch
     float* partial;            // [splits, M, out_padded] where splits > 1
-    uint16_t* hidden;          // [M, hidden_padded], for the two GEMMs
+    uint16_t* hidden;          // [M, hidden_padded] for two_gemms, images of shared memory for wgmma_gemms
 };
 
 }  // namespace prunevit::mlp

@@ -7,20 +7,10 @@
 #pragma once
 
 #include "pieces.cuh"
+#include "ring.cuh"
 #include "wgmma.cuh"
 
 namespace prunevit::mlp {
-
-struct Ring {
-    uint32_t slots, barriers;  // shared addresses; barriers: full and empty, one pair a slot
-    int slot_bytes, count;
-
-    PRUNEVIT_BOTH uint32_t slot(int i) const { return slots + i % count * slot_bytes; }
-    PRUNEVIT_BOTH uint32_t full(int i) const { return barriers + i % count * 16; }
-    PRUNEVIT_BOTH uint32_t empty(int i) const { return barriers + i % count * 16 + 8; }
-    // Parity of the use of a slot that tile i is; tile i's predecessor there has the other one.
-    PRUNEVIT_BOTH int parity(int i) const { return i / count % 2; }
-};
 
 PRUNEVIT_DEVICE void feed(const Arguments& a, const Ring& ring) {
     const int w1_bytes = static_cast<int>(w1_chunk_bytes(a.shape)), w2_bytes = static_cast<int>(w2_chunk_bytes(a.shape));

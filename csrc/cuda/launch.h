@@ -40,6 +40,9 @@ Launch fused_launch(Dtype dtype, const Shape& shape, const Plan& plan);
 Launch reduce_launch(Dtype dtype, const Shape& shape);
 Launch expand_launch(Dtype dtype, const Shape& shape, const Plan& plan);
 Launch contract_launch(Dtype dtype, const Shape& shape, const Plan& plan);
-Launch wgmma_launch(Dtype dtype, const Shape& shape, const Plan& plan);  // built for sm_90a alone
+// built for sm_90a alone
+Launch wgmma_launch(Dtype dtype, const Shape& shape, const Plan& plan);
+Launch wgmma_expand_launch(Dtype dtype, const Shape& shape, const Plan& plan);
+Launch wgmma_contract_launch(Dtype dtype, const Shape& shape, const Plan& plan);
 
 }  // namespace prunevit::mlp

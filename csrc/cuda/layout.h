@@ -157,4 +157,60 @@ PRUNEVIT_BOTH constexpr WgmmaShared wgmma_shared(int columns, const Shape& s, in
     return at;
 }
 
+// The two GEMMs on wgmma. Both multiply blocks of 64 rows, two of them a warpgroup, by panels of weights.
+constexpr int kExpandRows = 128, kExpandMostChunks = 2;  // hidden columns of a tile, in chunks
+constexpr int kExpandMaxEmbed = 768;                     // 128 rows of it leave two tiles of weights beside them
+constexpr int kExpandMostSlots = 8;
+constexpr int kExpandSlotBytes = kExpandMostChunks * kChunk * kRowBytes;
+constexpr int kContractRows = 256, kContractSlots = 4;
+constexpr int kContractColumns[] = {64, 128, 160, 176, 192};  // of a tile, as instantiated
+
+// Between them, hidden activations are images of shared memory too: [row tile of 128][chunk][128 rows][64 columns].
+constexpr int kHiddenTileBytes = kExpandRows * kRowBytes;
+PRUNEVIT_BOTH constexpr int row_tiles(const Shape& s) { return ceil_div(s.rows, kExpandRows); }
+PRUNEVIT_BOTH constexpr int64_t hidden_tile(const Shape& s, int row_tile, int chunk) {
+    return (int64_t{row_tile} * s.chunks() + chunk) * kHiddenTileBytes;
+}
+
+// Where a thread's eight activations lie in a tile, once the four lanes of a quad have exchanged theirs: of a group of
+// 32 columns, a block of 64 rows and a half of 16 rows. The lane decides the first term, the loop the others.
+PRUNEVIT_BOTH constexpr int hidden_lane_offset(int warp, int lane) {
+    return piece_offset(warp * 16 + lane / 4, lane % 4);
+}
+PRUNEVIT_BOTH constexpr int hidden_piece_offset(int lane_offset, int group, int block, int half) {
+    const int in_panel = (lane_offset ^ group % 2 * 4 * kPieceBytes) + (block * 64 + half * 8) * kRowBytes;
+    return in_panel + group / 2 * kHiddenTileBytes;
+}
+
+// The tiles of one block's share of the hidden width, in the order in which its warpgroups take turns at them.
+struct HiddenTiles {
+    int chunks, each, block, blocks;  // all chunks; those of a tile; which of how many blocks
+
+    PRUNEVIT_BOTH constexpr int count() const { return ceil_div(ceil_div(chunks, each) - block, blocks); }
+    PRUNEVIT_BOTH constexpr int first(int tile) const { return (block + tile * blocks) * each; }
+    PRUNEVIT_BOTH constexpr int width(int tile) const {
+        const int left = chunks - first(tile);
+        return left < each ? left : each;
+    }
+};
+
+struct ExpandShared {
+    int ring, barriers, turns, bytes;
+};
+// The normalised rows, then the ring, then its barriers and those by which the warpgroups take turns.
+PRUNEVIT_BOTH constexpr ExpandShared expand_shared(const Shape& s, int slots) {
+    ExpandShared at{};
+    at.ring = kExpandRows * s.in_panels() * kRowBytes;
+    at.barriers = at.ring + slots * kExpandSlotBytes;
+    at.turns = at.barriers + slots * 16;
+    at.bytes = at.turns + 2 * 8;
+    return at;
+}
+
+PRUNEVIT_BOTH constexpr int contract_slot_bytes(int columns) { return (kContractRows + columns) * kRowBytes; }
+PRUNEVIT_BOTH constexpr int contract_barriers(int columns) { return kContractSlots * contract_slot_bytes(columns); }
+PRUNEVIT_BOTH constexpr int contract_shared_bytes(int columns) {
+    return contract_barriers(columns) + kContractSlots * 16;
+}
+
 }  // namespace prunevit::mlp

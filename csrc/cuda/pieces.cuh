@@ -86,11 +86,11 @@ PRUNEVIT_DEVICE Statistics row_statistics(const Arguments& a, int row, int lane8
 constexpr int kFusedMaxEmbed = 512;
 
 // LN of rows row0 … row0 + rows − 1 into a tile; rows past M become zeros. Called by `threads` threads, a multiple
-// of 8 that divides 8 · rows; the row stays in registers between the passes.
-template <Dtype D>
+// of 8 that divides 8 · rows; the row, MaxEmbed wide at most, stays in registers between the passes.
+template <Dtype D, int MaxEmbed = kFusedMaxEmbed>
 PRUNEVIT_DEVICE void normalise_tile(const Arguments& a, int row0, int rows, unsigned char* tile, int tile_rows,
                                     int thread, int threads) {
-    constexpr int kEach = kFusedMaxEmbed / 64;
+    constexpr int kEach = MaxEmbed / 64;
     const int lane8 = thread % 8, embed = a.shape.embed, in = a.shape.in;
     for (int row = thread / 8; row < rows; row += threads / 8) {
         Piece raw[kEach];

@@ -62,6 +62,11 @@ PRUNEVIT_DEVICE float sum_of_eight_lanes(float v) {
     return v;
 }
 
+// The same value in all lanes of a warp, told to the compiler: branches on it do not diverge.
+PRUNEVIT_DEVICE int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
+// The value of the lane whose number differs in the bits of `mask`.
+PRUNEVIT_DEVICE uint32_t from_lane_across(uint32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+
 // Asynchronous 16-byte copies, global to shared, in groups.
 PRUNEVIT_DEVICE void copy_async(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");

@@ -43,6 +43,9 @@ PRUNEVIT_DEVICE void copy_bulk(uint32_t to, const void* from, int bytes, uint32_
         : "memory");
 }
 
+// The line of 128 bytes comes into the L2 cache.
+PRUNEVIT_DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // Shared memory that this thread stored becomes visible to the tensor cores, once others have met it at a barrier.
 PRUNEVIT_DEVICE void publish_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -16,44 +16,52 @@ namespace prunevit::mlp {
         "+f"(d[i + 7])
 #define PRUNEVIT_16(d, i) PRUNEVIT_EIGHT(d, i), PRUNEVIT_EIGHT(d, i + 8)
 #define PRUNEVIT_32(d, i) PRUNEVIT_16(d, i), PRUNEVIT_16(d, i + 16)
+#define PRUNEVIT_64(d, i) PRUNEVIT_32(d, i), PRUNEVIT_32(d, i + 32)
 
-#define PRUNEVIT_D0_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define PRUNEVIT_D0_32 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define PRUNEVIT_D32_64 \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+// The same registers as the instruction names them: the first so many.
+#define PRUNEVIT_D16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define PRUNEVIT_D32 \
+    PRUNEVIT_D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PRUNEVIT_D64 \
+    PRUNEVIT_D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define PRUNEVIT_D64_80 \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define PRUNEVIT_D80_88 \
-    "%80, %81, %82, %83, %84, %85, %86, %87"
-#define PRUNEVIT_D88_96 \
-    "%88, %89, %90, %91, %92, %93, %94, %95"
+#define PRUNEVIT_D80 \
+    PRUNEVIT_D64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define PRUNEVIT_D88 PRUNEVIT_D80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define PRUNEVIT_D96 PRUNEVIT_D88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 
 // d (+)= A · Bᵀ, 64 × N × 16, both from shared memory.
 template <Dtype D, int N>
 PRUNEVIT_DEVICE void multiply_shared(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-    static_assert(N == 32 || N == 64, "an accumulator width with an instruction here");
-#define PRUNEVIT_SHARED(N, TYPE, LIST, A, B, P, ...) \
+    static_assert(N == 32 || N == 64 || N == 128 || N == 160 || N == 176 || N == 192,
+                  "an accumulator width with an instruction here");
+#define PRUNEVIT_ONE(N, TYPE, LIST, A, B, P, ...) \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n" \
                  "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" LIST "}, " A ", " B \
                  ", p, 1, 1, 0, 0;\n}" \
                  : __VA_ARGS__ \
                  : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
-    if constexpr (N == 32) {
-        if constexpr (D == Dtype::bf16) {
-            PRUNEVIT_SHARED("32", "bf16", PRUNEVIT_D0_16, "%16", "%17", "%18", PRUNEVIT_16(d, 0));
-        } else {
-            PRUNEVIT_SHARED("32", "f16", PRUNEVIT_D0_16, "%16", "%17", "%18", PRUNEVIT_16(d, 0));
-        }
-    } else {
-        if constexpr (D == Dtype::bf16) {
-            PRUNEVIT_SHARED("64", "bf16", PRUNEVIT_D0_32, "%32", "%33", "%34", PRUNEVIT_32(d, 0));
-        } else {
-            PRUNEVIT_SHARED("64", "f16", PRUNEVIT_D0_32, "%32", "%33", "%34", PRUNEVIT_32(d, 0));
-        }
+#define PRUNEVIT_SHARED(N, ...) \
+    if constexpr (D == Dtype::bf16) { \
+        PRUNEVIT_ONE(N, "bf16", __VA_ARGS__); \
+    } else { \
+        PRUNEVIT_ONE(N, "f16", __VA_ARGS__); \
     }
+    if constexpr (N == 32) {
+        PRUNEVIT_SHARED("32", PRUNEVIT_D16, "%16", "%17", "%18", PRUNEVIT_16(d, 0))
+    } else if constexpr (N == 64) {
+        PRUNEVIT_SHARED("64", PRUNEVIT_D32, "%32", "%33", "%34", PRUNEVIT_32(d, 0))
+    } else if constexpr (N == 128) {
+        PRUNEVIT_SHARED("128", PRUNEVIT_D64, "%64", "%65", "%66", PRUNEVIT_64(d, 0))
+    } else if constexpr (N == 160) {
+        PRUNEVIT_SHARED("160", PRUNEVIT_D80, "%80", "%81", "%82", PRUNEVIT_64(d, 0), PRUNEVIT_16(d, 64))
+    } else if constexpr (N == 176) {
+        PRUNEVIT_SHARED("176", PRUNEVIT_D88, "%88", "%89", "%90", PRUNEVIT_64(d, 0), PRUNEVIT_16(d, 64),
+                        PRUNEVIT_EIGHT(d, 80))
+    } else {
+        PRUNEVIT_SHARED("192", PRUNEVIT_D96, "%96", "%97", "%98", PRUNEVIT_64(d, 0), PRUNEVIT_32(d, 64))
+    }
+#undef PRUNEVIT_ONE
 #undef PRUNEVIT_SHARED
 }
 
@@ -61,36 +69,26 @@ PRUNEVIT_DEVICE void multiply_shared(float (&d)[N / 2], uint64_t a, uint64_t b, 
 template <Dtype D, int N>
 PRUNEVIT_DEVICE void multiply_wide(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
     static_assert(N == 160 || N == 176 || N == 192, "an accumulator width with an instruction here");
-#define PRUNEVIT_WIDE(N, TYPE, LIST, A, B, ...) \
+#define PRUNEVIT_ONE(N, TYPE, LIST, A, B, ...) \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" LIST "}, {" A "}, " B \
                  ", 1, 1, 1, 0;" \
                  : __VA_ARGS__ \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-    if constexpr (N == 160) {
-        if constexpr (D == Dtype::bf16) {
-            PRUNEVIT_WIDE("160", "bf16", PRUNEVIT_D0_32 ", " PRUNEVIT_D32_64 ", " PRUNEVIT_D64_80, "%80, %81, %82, %83", "%84",
-                          PRUNEVIT_32(d, 0), PRUNEVIT_32(d, 32), PRUNEVIT_16(d, 64));
-        } else {
-            PRUNEVIT_WIDE("160", "f16", PRUNEVIT_D0_32 ", " PRUNEVIT_D32_64 ", " PRUNEVIT_D64_80, "%80, %81, %82, %83", "%84",
-                          PRUNEVIT_32(d, 0), PRUNEVIT_32(d, 32), PRUNEVIT_16(d, 64));
-        }
-    } else if constexpr (N == 176) {
-        if constexpr (D == Dtype::bf16) {
-            PRUNEVIT_WIDE("176", "bf16", PRUNEVIT_D0_32 ", " PRUNEVIT_D32_64 ", " PRUNEVIT_D64_80 ", " PRUNEVIT_D80_88, "%88, %89, %90, %91", "%92",
-                          PRUNEVIT_32(d, 0), PRUNEVIT_32(d, 32), PRUNEVIT_16(d, 64), PRUNEVIT_EIGHT(d, 80));
-        } else {
-            PRUNEVIT_WIDE("176", "f16", PRUNEVIT_D0_32 ", " PRUNEVIT_D32_64 ", " PRUNEVIT_D64_80 ", " PRUNEVIT_D80_88, "%88, %89, %90, %91", "%92",
-                          PRUNEVIT_32(d, 0), PRUNEVIT_32(d, 32), PRUNEVIT_16(d, 64), PRUNEVIT_EIGHT(d, 80));
-        }
-    } else {
-        if constexpr (D == Dtype::bf16) {
-            PRUNEVIT_WIDE("192", "bf16", PRUNEVIT_D0_32 ", " PRUNEVIT_D32_64 ", " PRUNEVIT_D64_80 ", " PRUNEVIT_D80_88 ", " PRUNEVIT_D88_96, "%96, %97, %98, %99", "%100",
-                          PRUNEVIT_32(d, 0), PRUNEVIT_32(d, 32), PRUNEVIT_16(d, 64), PRUNEVIT_16(d, 80));
-        } else {
-            PRUNEVIT_WIDE("192", "f16", PRUNEVIT_D0_32 ", " PRUNEVIT_D32_64 ", " PRUNEVIT_D64_80 ", " PRUNEVIT_D80_88 ", " PRUNEVIT_D88_96, "%96, %97, %98, %99", "%100",
-                          PRUNEVIT_32(d, 0), PRUNEVIT_32(d, 32), PRUNEVIT_16(d, 64), PRUNEVIT_16(d, 80));
-        }
+#define PRUNEVIT_WIDE(N, ...) \
+    if constexpr (D == Dtype::bf16) { \
+        PRUNEVIT_ONE(N, "bf16", __VA_ARGS__); \
+    } else { \
+        PRUNEVIT_ONE(N, "f16", __VA_ARGS__); \
     }
+    if constexpr (N == 160) {
+        PRUNEVIT_WIDE("160", PRUNEVIT_D80, "%80, %81, %82, %83", "%84", PRUNEVIT_64(d, 0), PRUNEVIT_16(d, 64))
+    } else if constexpr (N == 176) {
+        PRUNEVIT_WIDE("176", PRUNEVIT_D88, "%88, %89, %90, %91", "%92", PRUNEVIT_64(d, 0), PRUNEVIT_16(d, 64),
+                      PRUNEVIT_EIGHT(d, 80))
+    } else {
+        PRUNEVIT_WIDE("192", PRUNEVIT_D96, "%96, %97, %98, %99", "%100", PRUNEVIT_64(d, 0), PRUNEVIT_32(d, 64))
+    }
+#undef PRUNEVIT_ONE
 #undef PRUNEVIT_WIDE
 }
 

@@ -13,8 +13,13 @@ from typing import Literal
 from .target import Target
 
 KernelName = Literal[
-    "ragged_attention", "norm_linear", "linear", "linear_residual", "patch_embed", "token_scores", "rows", "select"
-]
+    "ragged_attention", "norm_linear", "linear", "linear_residual", "patch_embed", "token_scores", "rows", "select",
+    "fused_mlp",
+]  # fmt: skip
+
+# What can run a fused_mlp: the CUDA extension's kernels, as csrc/cuda/plan.h counts them, and the Triton pair.
+CUDA_MLP_KERNELS = ("fused", "split", "two_gemms", "wgmma", "wgmma_gemms")
+MLP_KERNELS = (*CUDA_MLP_KERNELS, "triton")
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Problem:
     """What a tile is chosen for: a kernel, the sizes of its work (m, n, k), and how it is specialised.
 
     Attention: m is heads × images, n queries, k keys, and ``variant`` the heaviest class and how many there are.
-    Linear kernels: m rows, n output columns, k input columns.
+    Linear kernels: m rows, n output columns, k input columns. fused_mlp: m rows, n hidden columns, k the residual's,
+    and ``variant`` how many of those are read and written; what is chosen is a kernel, not a tile.
     """
 
     kernel: KernelName

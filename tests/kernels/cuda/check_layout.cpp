@@ -12,6 +12,7 @@ using namespace prunevit::mlp;
 
 namespace {
 
+constexpr Kernel kEvery[] = {Kernel::fused, Kernel::split, Kernel::two_gemms, Kernel::wgmma, Kernel::wgmma_gemms};
 int faults = 0;
 
 void expect(bool condition, const char* what, const std::string& where) {
@@ -150,6 +151,71 @@ void tiles() {
     }
 }
 
+// wgmma_expand's activations, once the lanes of each quad have exchanged theirs as exchange_in_quad does: every element
+// of a tile of two chunks is written once, and by who has it.
+void hidden() {
+    std::set<int> offsets;
+    for (int warp = 0; warp < 4; ++warp) {
+        for (int group = 0; group < 4; ++group) {
+            for (int block = 0; block < 2; ++block) {
+                for (int half = 0; half < 2; ++half) {
+                    for (int lane = 0; lane < 32; ++lane) {
+                        const int at = hidden_piece_offset(hidden_lane_offset(warp, lane), group, block, half);
+                        offsets.insert(at);
+                        for (int j = 0; j < 4; ++j) {
+                            // register j of lane q was register q of lane j: two columns of n-tile q
+                            const int from = lane / 4 * 4 + j, n_tile = group * 4 + lane % 4;
+                            const Place place = c_place(from, 2 * half);
+                            const int row = block * 64 + warp * 16 + place.row, column = n_tile * 8 + place.column;
+                            expect(at + j * 4 == element_offset(kExpandRows, row, column), "a piece holds the columns of its place",
+                                   std::to_string(lane));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    expect(offsets.size() == 2 * kHiddenTileBytes / kPieceBytes && *offsets.rbegin() == 2 * kHiddenTileBytes - kPieceBytes,
+           "a tile's activations fill it once", "two chunks");
+    for (int chunks = 1; chunks <= 60; ++chunks) {
+        for (int each = 1; each <= kExpandMostChunks; ++each) {
+            for (int blocks = 1; blocks <= ceil_div(chunks, each); ++blocks) {
+                std::vector<int> owners(chunks, 0);
+                for (int block = 0; block < blocks; ++block) {
+                    const HiddenTiles tiles{chunks, each, block, blocks};
+                    expect(tiles.count() >= 1, "every block has a tile", std::to_string(chunks));
+                    for (int tile = 0; tile < tiles.count(); ++tile) {
+                        for (int i = 0; i < tiles.width(tile); ++i) ++owners[tiles.first(tile) + i];
+                    }
+                }
+                for (const int times : owners) expect(times == 1, "a chunk has one tile", std::to_string(chunks));
+            }
+        }
+    }
+}
+
+// wgmma_contract's sums: two warpgroups of two blocks of 64 rows, and the tiles along the columns.
+void contracted() {
+    for (const int columns : kContractColumns) {
+        std::map<std::pair<int, int>, int> owners;
+        for (int thread = 0; thread < 256; ++thread) {
+            for (int i = 0; i < columns; ++i) {
+                const Place place = c_place(thread % 32, i % (columns / 2) % 4);
+                const int row = thread / 128 * kExpandRows + i / (columns / 2) * 64 + thread % 128 / 32 * 16 + place.row;
+                ++owners[{row, i % (columns / 2) / 4 * 8 + place.column}];
+            }
+        }
+        expect(owners.size() == static_cast<size_t>(kContractRows) * columns &&
+                   owners.rbegin()->first == std::make_pair(kContractRows - 1, columns - 1),
+               "a tile's sums have one owner each", std::to_string(columns));
+    }
+    for (int out = 1; out <= 1100; ++out) {
+        const int columns = contract_columns({1, out, out, 1, out});
+        const int padded = round_up(out, kUnit), tiles = ceil_div(out, columns);
+        expect((tiles - 1) * columns < padded && padded <= tiles * columns, "tiles of columns cover N, none empty", std::to_string(out));
+    }
+}
+
 void descriptors() {
     for (uint32_t address = 0; address < 232448; address += 32) {
         const uint64_t d = tile_descriptor(address);
@@ -175,6 +241,19 @@ void plan_holds(const Plan& p, const Shape& s, const Device& d) {
         expect(p.hidden_bytes == int64_t{s.rows} * s.hidden_padded() * 2, "room for hidden activations", where);
         expect(p.expand_columns >= 1 && p.expand_columns <= ceil_div(s.chunks(), 2), "every block of expand has a tile", where);
         expect(gemm_shared_bytes(32 * p.expand_mt) <= d.shared_limit, "expand's shared memory fits", where);
+    } else if (p.kernel == Kernel::wgmma_gemms) {
+        const ExpandShared at = expand_shared(s, p.slots);
+        expect(at.ring % 1024 == 0 && kExpandSlotBytes % 1024 == 0 && kHiddenTileBytes % 1024 == 0 &&
+                   contract_slot_bytes(p.nu) % 1024 == 0,
+               "tiles start on whole swizzle atoms", where);
+        expect(p.slots >= 2 && at.ring + p.slots * kExpandSlotBytes <= at.barriers && at.barriers + p.slots * 16 <= at.turns &&
+                   at.turns % 8 == 0 && at.bytes <= p.shared && contract_shared_bytes(p.nu) <= p.shared,
+               "barriers lie past the ring", where);
+        expect(kContractRows * stage_pitch(p.nu) * 4 <= contract_barriers(p.nu), "the stage fits", where);
+        expect(p.hidden_bytes == hidden_tile(s, row_tiles(s), 0) && row_tiles(s) * kExpandRows >= s.rows,
+               "room for the images of hidden activations", where);
+        expect(p.expand_columns >= 1 && p.expand_columns <= ceil_div(s.chunks(), p.tile_chunks), "every block has a tile", where);
+        expect(s.embed <= kExpandMaxEmbed && s.in_panels() * kPanel <= kExpandMaxEmbed, "a row fits in registers", where);
     } else {
         const WgmmaShared at = wgmma_shared(p.nu, s, p.slots);
         expect(at.ring % 1024 == 0 && at.slot_bytes % 1024 == 0, "tiles start on whole swizzle atoms", where);
@@ -195,11 +274,13 @@ void plans() {
                         const Kernel chosen = chosen_kernel(s, d);
                         seen.insert(chosen);
                         plan_holds(plan_of(chosen, s, d), s, d);
-                        for (const Kernel kernel : {Kernel::fused, Kernel::split, Kernel::two_gemms, Kernel::wgmma}) {
+                        for (const Kernel kernel : kEvery) {
                             try {
                                 plan_holds(plan_of(kernel, s, d), s, d);
                             } catch (const std::invalid_argument& refusal) {
                                 expect(kernel != Kernel::two_gemms, "two_gemms take every shape", refusal.what());
+                                expect(kernel != Kernel::wgmma_gemms || d.sm != 90 || s.embed > 768,
+                                       "wgmma_gemms take every E up to 768 on sm_90", refusal.what());
                                 expect(std::string(refusal.what()).find(describe(s)) != std::string::npos, "a refusal names its shape",
                                        refusal.what());
                             }
@@ -217,7 +298,8 @@ void plans() {
 int main() {
     const std::pair<const char*, std::function<void()>> checks[] = {
         {"swizzle", swizzle}, {"fragments", fragments},     {"handover", handover}, {"weights", weights},
-        {"tiles", tiles},     {"descriptors", descriptors}, {"plans", plans}};
+        {"tiles", tiles},     {"hidden", hidden},           {"contracted", contracted},
+        {"descriptors", descriptors}, {"plans", plans}};
     for (const auto& [name, check] : checks) {
         const int before = faults;
         check();

@@ -12,6 +12,7 @@
 #include "fused_wgmma.cuh"
 #include "plan.h"
 #include "two_gemms.cuh"
+#include "wgmma_gemms.cuh"
 
 using namespace prunevit::mlp;
 using prunevit::emulator::launch;
@@ -68,10 +69,28 @@ void wgmma(const Arguments& a, const Plan& p) {
     launch({blocks}, kWgmmaThreads, p.shared, [&] { fused_wgmma<D, Columns>(a); }, prunevit::emulator::reset_sm90);
 }
 
+template <Dtype D, int Columns>
+void wgmma_gemms(const Arguments& a, const Plan& p) {
+    const unsigned rows = ceil_div(a.shape.rows, kContractRows), columns = ceil_div(a.shape.out, Columns);
+    const Dim3 first{static_cast<unsigned>(row_tiles(a.shape)), static_cast<unsigned>(p.expand_columns)};
+    launch(first, kWgmmaThreads, expand_shared(a.shape, p.slots).bytes, [&] { wgmma_expand<D>(a); },
+           prunevit::emulator::reset_sm90);
+    launch({rows, columns, static_cast<unsigned>(p.splits)}, kWgmmaThreads, contract_shared_bytes(Columns),
+           [&] { wgmma_contract<D, Columns>(a); }, prunevit::emulator::reset_sm90);
+}
+
 template <Dtype D>
 void run(const Arguments& a, const Plan& p) {
     if (p.kernel == Kernel::two_gemms) {
         p.mt == 4 ? gemms<D, 4, 3>(a, p) : gemms<D, 2, 2>(a, p);
+    } else if (p.kernel == Kernel::wgmma_gemms) {
+        switch (p.nu) {
+            case 64: wgmma_gemms<D, 64>(a, p); break;
+            case 128: wgmma_gemms<D, 128>(a, p); break;
+            case 160: wgmma_gemms<D, 160>(a, p); break;
+            case 176: wgmma_gemms<D, 176>(a, p); break;
+            default: wgmma_gemms<D, 192>(a, p);
+        }
     } else if (p.kernel == Kernel::wgmma) {
         switch (p.nu) {
             case 160: return wgmma<D, 160>(a, p);
@@ -125,12 +144,13 @@ int main(int count, char** arguments) {
         a.writes = read<int>("writes");
         a.splits = plan.splits;
         a.slots = plan.slots;
+        a.tile_chunks = plan.tile_chunks;
         a.partial = poisoned(plan.partial_bytes);
         a.hidden = reinterpret_cast<uint16_t*>(poisoned(plan.hidden_bytes));
         dtype == 0 ? run<Dtype::fp16>(a, plan) : run<Dtype::bf16>(a, plan);
         std::ofstream(folder + "/x", std::ios::binary).write(reinterpret_cast<char*>(a.x), elements * 2);
-        std::printf("%s mt=%d nu=%d splits=%d shared=%d\n", name_of(plan.kernel), plan.mt, plan.nu, plan.splits,
-                    plan.shared);
+        std::printf("%s mt=%d nu=%d splits=%d blocks=%d chunks=%d shared=%d\n", name_of(plan.kernel), plan.mt, plan.nu,
+                    plan.splits, plan.expand_columns, plan.tile_chunks, plan.shared);
     } catch (const std::exception& error) {
         std::fprintf(stderr, "%s\n", error.what());
         return 1;

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from prunevit_kernels import FusedMlp
+from prunevit_kernels._configs import CUDA_MLP_KERNELS as KERNELS
 from prunevit_kernels.fused_mlp._cuda import PackedWeights
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "csrc" / "cuda"
-KERNELS = ("fused", "split", "two_gemms", "wgmma")
 ACTS = ("gelu", "gelu_tanh", "quick_gelu", "relu")
 
 

@@ -256,6 +256,20 @@ inline float sum_of_eight_lanes(float v) {
     return v;
 }
 
+inline int uniform(int v) { return v; }
+inline uint32_t from_lane_across(uint32_t v, int mask) {
+    struct Brought {
+        uint32_t v;
+        int mask;
+    } brought{v, mask};
+    emulator::warp_meet("shuffle across", &brought, [](void** given) {
+        uint32_t before[32];
+        for (int i = 0; i < 32; ++i) before[i] = static_cast<Brought*>(given[i])->v;
+        for (int i = 0; i < 32; ++i) static_cast<Brought*>(given[i])->v = before[i ^ static_cast<Brought*>(given[i])->mask];
+    });
+    return brought.v;
+}
+
 inline void copy_async(uint32_t to, const void* from, bool valid) {
     if (emulator::early) {
         emulator::land({to, from, 16, valid});

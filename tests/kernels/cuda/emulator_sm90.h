@@ -148,6 +148,8 @@ inline void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier
         b.copies.push_back({to, from, bytes, true});
     }
 }
+// Reads a byte: a buffer ends at an unreadable page.
+inline void prefetch(const void* at) { static_cast<void>(*static_cast<const volatile char*>(at)); }
 inline void publish_to_async() {}
 inline void meet(int id, int threads) {
     emulator::meet(emulator::block->barriers[id], "bar.sync", emulator::block->barriers[id].arrived, threads, nullptr,

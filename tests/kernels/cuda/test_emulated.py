@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from prunevit_kernels import FusedMlp
+from prunevit_kernels._configs import CUDA_MLP_KERNELS as KERNELS
 from tests.kernels.cuda.emulation import H100, ONE_SM, RTX_4090, Gpu, draw, emulate
 from tests.kernels.cuda.rules import assert_right
 from tests.kernels.half_precision import rounded, same_bits
@@ -66,15 +67,12 @@ SHAPES = {
 }
 
 
-KERNELS = ["fused", "split", "two_gemms", "wgmma"]
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_on_every_shape(emulator: Path, tmp_path: Path, shape: str, kernel: str) -> None:
     embed, hidden = SHAPES[shape]
     if kernel == "wgmma" and embed > 384:
-        with pytest.raises(RuntimeError, match=r"'wgmma': .* E=483 .* needs sm_90, E <= 512, N <= 384"):
+        with pytest.raises(RuntimeError, match=r"'wgmma': .* E=483 .* needs E <= 512, N <= 384"):
             check(emulator, tmp_path, draw(embed, hidden), 35, kernel=kernel)
         return
     gpu = H100 if kernel == "split" else ONE_SM
@@ -112,6 +110,11 @@ def test_copies_that_land_at_once(emulator: Path, tmp_path: Path, kernel: str, e
         ("wgmma", 307, 30, H100, "nu=320"),
         ("wgmma", 345, 30, H100, "nu=352"),
         ("wgmma", 384, 70, H100, "nu=384"),
+        ("wgmma_gemms", 37, 260, ONE_SM, "nu=64 "),
+        ("wgmma_gemms", 100, 30, H100, "nu=128 splits=2"),
+        ("wgmma_gemms", 153, 140, ONE_SM, "nu=160 splits=1"),
+        ("wgmma_gemms", 345, 70, H100, "nu=176 splits=2"),
+        ("wgmma_gemms", 384, 30, TWO_SMS, "nu=192 splits=1"),
         ("two_gemms", 307, 260, ONE_SM, "mt=4"),
         ("two_gemms", 307, 70, RTX_4090, "mt=2"),
     ],
@@ -147,3 +150,30 @@ def test_two_gemms_have_no_limit_on_the_embedding(emulator: Path, tmp_path: Path
 
 def test_a_split_of_two_gemms(emulator: Path, tmp_path: Path) -> None:
     assert "splits=5" in check(emulator, tmp_path, draw(600, 600), 33, kernel="two_gemms", gpu=Gpu(90, 25, 99 * 1024))
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["late_copies", "early_copies"])
+@pytest.mark.parametrize(
+    ("embed", "hidden", "rows", "gpu", "plan"),
+    [
+        (483, 700, 300, ONE_SM, "nu=176 splits=1 blocks=1 chunks=2"),  # three row tiles, and rings that turn over
+        (345, 307, 140, Gpu(90, 6, 227 * 1024), "nu=176 splits=3 blocks=3 chunks=2"),
+        (768, 460, 33, H100, "nu=192 splits=8 blocks=8 chunks=1"),  # two weight tiles are all that fits beside x
+    ],
+)
+def test_wgmma_gemms_take_turns(
+    emulator: Path, tmp_path: Path, embed: int, hidden: int, rows: int, gpu: Gpu, plan: str, early: bool
+) -> None:
+    ran = check(emulator, tmp_path, draw(embed, hidden), rows, kernel="wgmma_gemms", gpu=gpu, early=early)
+    assert plan in ran
+
+
+def test_wgmma_gemms_leave_wider_rows_to_two_gemms(emulator: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"'wgmma_gemms': .* E=769 .* needs E <= 768 .* 'two_gemms' takes any E"):
+        check(emulator, tmp_path, draw(769, 70), 3, kernel="wgmma_gemms")
+
+
+@pytest.mark.parametrize("kernel", ["wgmma", "wgmma_gemms"])
+def test_hoppers_kernels_name_the_gpu_that_they_need(emulator: Path, tmp_path: Path, kernel: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"'{kernel}': M=3 .* needs sm_90, the GPU is sm_89"):
+        check(emulator, tmp_path, draw(37, 70), 3, kernel=kernel, gpu=RTX_4090)

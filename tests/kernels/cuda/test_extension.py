@@ -54,7 +54,7 @@ def mlp(native: ModuleType, **changed: object) -> object:
 REFUSALS = {
     "an_unknown_dtype": ({"dtype": "float32"}, "a dtype .float16, bfloat16., got 'float32'"),
     "an_unknown_activation": ({"act": "silu"}, "an activation .gelu, .*relu., got 'silu'"),
-    "an_unknown_kernel": ({"kernel": "fast"}, "a kernel .fused, split, two_gemms, wgmma., got 'fast'"),
+    "an_unknown_kernel": ({"kernel": "fast"}, "a kernel .fused, split, two_gemms, wgmma, wgmma_gemms., got 'fast'"),
     "rows_that_overlap": ({"x": (4096, 152)}, "rows of x at least E apart, got a pitch of 152"),
     "no_address": ({"x": (0, 160)}, "x on whole elements, got 0"),
     "weights_of_another_shape": ({"w1": (4096, 8192)}, "packed fc1 weights of 147456 bytes, got 8192"),
@@ -88,6 +88,14 @@ def test_a_forced_kernel_that_does_not_fit_says_why(native: ModuleType) -> None:
     shape = native.Shape(197, 768, 768, 3072, 768)
     with pytest.raises(ValueError, match=r"'fused': M=197 E=768 .* needs E <= 512, N <= 512"):
         native.Plan(shape, native.Device(90, 132, 232448), "fused")
+
+
+def test_wgmma_gemms_workspace_holds_whole_tiles_and_every_split(native: ModuleType) -> None:
+    plan = native.Plan(native.Shape(197, 345, 345, 1075, 345), native.Device(90, 132, 232448), "wgmma_gemms")
+    assert (plan.kernel, plan.splits, plan.tile_rows) == ("wgmma_gemms", 17, 256)
+    assert plan.workspace_bytes == -(-17 * 197 * 352 * 4 // 256) * 256 + 2 * 17 * 128 * 64 * 2
+    with pytest.raises(ValueError, match=r"a workspace of .* bytes, got 0"):
+        mlp(native, kernel="wgmma_gemms", workspace=None)
 
 
 def test_the_choice_is_in_the_open(native: ModuleType) -> None:

@@ -15,7 +15,7 @@ from tests.kernels.cuda.emulation import build, draw
 def test_every_index_function_and_every_plan(tmp_path: Path) -> None:
     done = subprocess.run([build("check_layout", tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("holds") == 7
+    assert done.stdout.count("holds") == 9
 
 
 def element_offset(rows: int, row: int, column: int) -> int:
