@@ -1,7 +1,8 @@
-"""Measure the candidate tiles of bound ops on the GPU at hand, offline. Nothing is ever tuned inside a request.
+"""Measure the candidate tiles of bound ops, and the kernels that can run a fused_mlp, on the GPU at hand, offline.
 
-All candidates are compiled first, in parallel processes that need no GPU (Triton's disk cache carries them over), and
-then timed one by one in CUDA graphs: what a launch costs the host does not count.
+Nothing is ever tuned inside a request. All candidate tiles are compiled first, in parallel processes that need no GPU
+(Triton's disk cache carries them over), and then timed one by one in CUDA graphs: what a launch costs the host does
+not count.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from triton.runtime.errors import OutOfResources
 from ._aot import Build, build, compiling_for
 from ._configs import Problem, Tile, candidates
 from ._launch import Call, TritonOp
+from .fused_mlp._cuda import CudaMlp
 from .target import Launch, Target
 from .tuning import Tuning, machine_name
 
@@ -120,7 +122,7 @@ def tune(
     def with_tile(key: str, tile: Tile) -> Call:
         packed, buffers = trials[key][tile]
         before = packed.target
-        packed.target = _with_tuning(target, Tuning(machine, {key: tile}))
+        packed.target = with_tuning(target, Tuning(machine, {key: tile}))
         try:
             return next(call for call in packed.calls(*buffers) if call.problem.key(dtype) == key)
         finally:
@@ -141,6 +143,31 @@ def tune(
     return Tuning(machine, best)
 
 
+def choose_kernels(
+    bound: Sequence[tuple[CudaMlp, Tensor]], target: Target, report: Report = lambda line: None
+) -> Tuning:
+    """The fastest kernel of every fused_mlp problem among packed MLPs with the buffer that they run on."""
+    dtype = str(target.dtype).removeprefix("torch.")
+    best: dict[str, str] = {}
+    with torch.cuda.device(target.device):
+        for packed, x in bound:
+            key = packed.problem(x).key(dtype)
+            if key in best:
+                continue
+            values, seconds = x.clone(), dict[str, float]()
+            for kernel in packed.candidates(x):
+                x.copy_(values)  # each launch adds to it
+                seconds[kernel] = measure(packed.bind_with(x, kernel))
+            x.copy_(values)
+            best[key] = min(seconds, key=seconds.__getitem__)
+            report(f"{key}: " + ", ".join(f"{name} {1e6 * s:.1f} µs" for name, s in _fastest_first(seconds)))
+    return Tuning(machine_name(target.device), kernels=best)
+
+
+def _fastest_first(seconds: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(seconds.items(), key=lambda item: item[1])
+
+
 def _time_of(call: Call) -> float:
     """Infinite for a tile that this GPU has no room for."""
     try:
@@ -150,5 +177,5 @@ def _time_of(call: Call) -> float:
     return measure(launch)
 
 
-def _with_tuning(target: Target, tuning: Tuning) -> Target:
+def with_tuning(target: Target, tuning: Tuning) -> Target:
     return dataclasses.replace(target, tuning=tuning)

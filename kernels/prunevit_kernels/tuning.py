@@ -1,16 +1,19 @@
-"""tuning.json: the tiles that were found fastest, per GPU and version. Written offline, read at pack time."""
+"""tuning.json: what was found fastest, per GPU and version. Written offline, read when ops are packed and bound.
+
+A machine's table has a tile for each problem of a Triton kernel, and the name of a kernel for each fused_mlp.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ._configs import Tile, as_json
+from ._configs import MLP_KERNELS, Problem, Tile, as_json
 from ._expect import ContractError, expect
 
 FORMAT = 1
@@ -19,25 +22,43 @@ LIMITS = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 64), "warp
 
 @dataclass(frozen=True, eq=False)
 class Tuning:
-    """Tiles by problem, for the machine named by ``machine``; ``others`` are those that its file has beside it."""
+    """Tiles, and kernels of fused_mlp, by problem, for the machine named by ``machine``.
+
+    ``others`` are the machines that its file has beside it.
+    """
 
     machine: str
-    tiles: Mapping[str, Tile]
+    tiles: Mapping[str, Tile] = field(default_factory=dict)
+    kernels: Mapping[str, str] = field(default_factory=dict)
     others: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.tiles) + len(self.kernels)
+
+    def kernel_for(self, problem: Problem, dtype: torch.dtype) -> str | None:
+        """What runs this fused_mlp fastest here, where it was measured."""
+        return self.kernels.get(problem.key(str(dtype).removeprefix("torch.")))
+
+    def joined(self, later: Tuning) -> Tuning:
+        """This table with what a later one of the same machine found."""
+        return Tuning(self.machine, {**self.tiles, **later.tiles}, {**self.kernels, **later.kernels}, self.others)
 
     @classmethod
     def read(cls, path: Path, machine: str) -> Tuning:
         """The part of a tuning file that was measured on ``machine``: empty where there is none."""
         machines = _machines(path)
-        tiles = machines.get(machine, {})
-        expect(isinstance(tiles, dict), f"a table of tiles in {path}", got=type(tiles).__name__)
+        table = machines.get(machine, {})
+        expect(isinstance(table, dict), f"a table of tiles in {path}", got=type(table).__name__)
         others = tuple(sorted(name for name in machines if name != machine))
-        return cls(machine, {key: _tile(key, value) for key, value in tiles.items()}, others)
+        kernels = {key: _kernel(key, value) for key, value in table.items() if key.startswith("fused_mlp ")}
+        tiles = {key: _tile(key, value) for key, value in table.items() if key not in kernels}
+        return cls(machine, tiles, kernels, others)
 
     def write(self, path: Path) -> None:
-        """Add this machine's tiles to a file; what other machines found stays."""
+        """Make this the machine's table in a file; what other machines found stays."""
         machines = _machines(path) if path.exists() else {}
-        machines[self.machine] = {key: as_json(tile) for key, tile in sorted(self.tiles.items())}
+        tiles = {key: as_json(tile) for key, tile in sorted(self.tiles.items())}
+        machines[self.machine] = tiles | {key: {"kernel": name} for key, name in sorted(self.kernels.items())}
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"format": FORMAT, "machines": machines}, indent=1) + "\n", "utf-8")
         temporary.replace(path)
@@ -59,6 +80,13 @@ def _machines(path: Path) -> dict[str, Any]:
     machines: dict[str, Any] = document.get("machines", {})
     expect(isinstance(machines, dict), f"a table of machines in {path}", got=type(machines).__name__)
     return machines
+
+
+def _kernel(key: str, value: object) -> str:
+    named = isinstance(value, dict) and set(value) == {"kernel"} and value["kernel"] in MLP_KERNELS
+    expect(named, f"a kernel for {key!r}", got=value, want=[{"kernel": name} for name in MLP_KERNELS])
+    assert isinstance(value, dict)
+    return str(value["kernel"])
 
 
 def _tile(key: str, value: object) -> Tile:

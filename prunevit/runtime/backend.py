@@ -41,7 +41,7 @@ def choose_target(
     if device is None:
         wants_gpu = backend == "cuda" or (backend in ("auto", "torch") and torch.cuda.is_available())
         device = "cuda" if wants_gpu else "cpu"
-    device = torch.device(device)
+    device = device_named(device)
     if device.type == "cuda":
         expect(torch.cuda.is_available(), InputError, "an NVIDIA GPU for device cuda", got="none that torch sees")
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
@@ -54,8 +54,16 @@ def choose_target(
     return target
 
 
+def device_named(name: str | torch.device) -> torch.device:
+    """Raises :class:`InputError` for a name that torch does not know."""
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(f"expected a device such as cpu, cuda or cuda:1, got {name!r}") from None
+
+
 def tuned(target: Target, file: Path | None) -> Target:
-    """The target with the tile sizes that a tuning.json has for its GPU and versions; a warning where it has none."""
+    """The target with what a tuning.json has for its GPU and versions; a warning where it has nothing."""
     if file is None or target.backend != "cuda":
         return target
     from prunevit_kernels.tuning import Tuning, machine_name
@@ -64,10 +72,10 @@ def tuned(target: Target, file: Path | None) -> Target:
         tuning = Tuning.read(file, machine_name(target.device))
     except ContractError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    if not tuning.tiles:
+    if not tuning:
         warnings.warn(
-            f"{file} was tuned on {'; '.join(tuning.others) or 'no machine'}, not on {tuning.machine}: tile sizes are "
-            f"the defaults. `python -m prunevit.runtime.tune {file.parent}` adds this machine.",
+            f"{file} was tuned on {'; '.join(tuning.others) or 'no machine'}, not on {tuning.machine}: tile sizes and "
+            f"kernels are the defaults. `python -m prunevit.runtime.tune {file.parent}` adds this machine.",
             UntunedMachine,
             stacklevel=3,
         )

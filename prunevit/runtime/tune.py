@@ -1,4 +1,6 @@
-"""``python -m prunevit.runtime.tune MODEL``: find the fastest tiles for a model on the GPU at hand, offline.
+"""``python -m prunevit.runtime.tune MODEL``: find what runs a model fastest on the GPU at hand, offline.
+
+Tiles of the Triton kernels, and for each MLP the kernel that runs it.
 
     python -m prunevit.runtime.tune my_checkpoint --batch 1,8,64,256
     python -m prunevit.runtime.tune snp_deit_small --out tuning.json
@@ -28,33 +30,39 @@ from .runtime import Runtime
 
 
 def bound_ops(plan: Plan, target: Target, images: Tensor) -> list[tuple[Any, list[Tensor]]]:
-    """Every Triton op with the buffers of one batch size. Random values: zeros would run faster."""
-    from prunevit_kernels._launch import TritonOp
-
+    """Every packed op with the buffers of one batch size. Random values: zeros would run faster."""
     packed = PackedPlan.of(plan, target)
     program = Program(packed, target, tuple(images.shape))
     for storage in program.storage.values():
         storage.normal_()
-    every = zip(packed.ops, program.buffers(images))
-    return [(op, buffers) for op, buffers in every if isinstance(op, TritonOp)]
+    return list(zip(packed.ops, program.buffers(images)))
 
 
 def tune_runtime(runtime: Runtime, batches: Iterable[int], file: Path, report: Callable[[str], None] = print) -> int:
-    """Tune a runtime's ops for some batch sizes and add what is found to ``file``; returns how many tiles it was."""
-    from prunevit_kernels.tune import tune
+    """Tune a runtime's ops for some batch sizes and add what is found to ``file``; returns how much it was."""
+    from prunevit_kernels._launch import TritonOp
+    from prunevit_kernels.fused_mlp._cuda import CudaMlp
+    from prunevit_kernels.tune import choose_kernels, tune, with_tuning
     from prunevit_kernels.tuning import Tuning, machine_name
 
     expect(runtime.backend == "cuda", InputError, "the cuda backend to tune", got=f"backend {runtime.backend}")
     target, plan = runtime.target, runtime.plan()
+    machine = machine_name(target.device)
     # a file that cannot be read is found before an hour of measuring
-    before = Tuning.read(file, machine_name(target.device)).tiles if file.exists() else {}
+    before = Tuning.read(file, machine) if file.exists() else Tuning(machine)
     bound = []
     for batch in batches:
         shape = (batch, runtime.spec.in_chans, *runtime.spec.img_size)
         bound += bound_ops(plan, target, torch.randn(shape, device=target.device, dtype=target.dtype))
-    found = tune(bound, target, report=report)
-    Tuning(found.machine, {**before, **found.tiles}).write(file)
-    return len(found.tiles)
+    mlps = [(op, buffers[0]) for op, buffers in bound if isinstance(op, CudaMlp)]
+    # the Triton pair is one of an MLP's kernels: it competes with the tiles that suit it
+    tiled = [(op, buffers) for op, buffers in bound if isinstance(op, TritonOp)] + [(op.triton, [x]) for op, x in mlps]
+    found = tune(tiled, target, report=report)
+    for op, _ in mlps:
+        op.triton.target = with_tuning(target, found)
+    found = found.joined(choose_kernels(mlps, target, report=report))
+    before.joined(found).write(file)
+    return len(found)
 
 
 def main(
@@ -67,7 +75,7 @@ def main(
     runtime = Runtime(PrunedViT(shapes.get(model)) if named else model, device="cuda", dtype=getattr(torch, dtype))
     file = out or (Path() if named else Path(model)) / "tuning.json"
     count = tune_runtime(runtime, [int(size) for size in batch.split(",")], file, typer.echo)
-    typer.echo(f"{count} tiles in {file}")
+    typer.echo(f"{count} tiles and kernels in {file}")
 
 
 if __name__ == "__main__":

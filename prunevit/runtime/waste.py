@@ -6,7 +6,6 @@ executes for the whole batch. They follow the kernels' own loops, which the comm
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,15 +75,8 @@ def cuda_macs(op: Op, packed: PackedOp, buffers: Sequence[Tensor]) -> int | None
     if isinstance(op, FusedMlp) and hasattr(packed, "extension"):
         weights = packed.weights  # type: ignore[attr-defined]
         padded = int(weights.w1.numel() + weights.w2.numel())  # to panels of 64, and of 16 output columns
-        return up(_rows(buffers[0]), cuda_mlp_plan(op, packed, buffers[0]).tile_rows) * padded
+        return up(_rows(buffers[0]), packed.plan(buffers[0]).tile_rows) * padded  # type: ignore[attr-defined]
     return None
-
-
-def cuda_mlp_plan(op: FusedMlp, packed: Any, x: Tensor) -> Any:
-    """Which of the CUDA extension's kernels runs an MLP, with its tile."""
-    native = packed.extension
-    shape = native.Shape(_rows(x), op.embed_dim, op.w1.shape[1], op.hidden_dim, op.w2.shape[0])
-    return native.Plan(shape, native.Device.of(x.get_device()), os.environ.get("PRUNEVIT_MLP_KERNEL"))
 
 
 def _triton_linear(call: Any) -> int:

@@ -25,7 +25,7 @@ from prunevit_kernels.cpu import extension
 
 from .backend import BUILD_COMMAND, cpu_extension_built
 from .latent_pool import LatentPool
-from .waste import LANES, cpu_macs, cuda_macs, cuda_mlp_plan
+from .waste import LANES, cpu_macs, cuda_macs
 
 
 class Kernel(NamedTuple):
@@ -44,7 +44,8 @@ def kernel_of(op: Op, packed: Any, buffers: Sequence[Tensor], target: Target) ->
         isa = extension().isa()
         return Kernel(f"C++ {isa}", _isa_reason(isa)), cpu_macs(op, buffers, LANES[isa])
     if target.backend == "cuda" and kind in ("_cuda", "_triton"):
-        return _gpu_kernel(op, packed, buffers, kind), cuda_macs(op, packed, buffers)
+        serving = packed.serving(buffers[0]) if isinstance(op, FusedMlp) and kind == "_cuda" else packed
+        return _gpu_kernel(op, packed, serving, buffers), cuda_macs(op, serving, buffers)
     return Kernel("PyTorch reference", _reference_reason(target)), None
 
 
@@ -53,14 +54,15 @@ def _isa_reason(isa: str) -> str:
     return "the best instruction set here" if isa == best else f"PRUNEVIT_CPU_ISA asks for it; {best} would run too"
 
 
-def _gpu_kernel(op: Op, packed: Any, buffers: Sequence[Tensor], kind: str) -> Kernel:
+def _gpu_kernel(op: Op, packed: Any, serving: Any, buffers: Sequence[Tensor]) -> Kernel:
     dtype = str(buffers[0].dtype).removeprefix("torch.")
-    if kind == "_cuda" and isinstance(op, FusedMlp):
-        plan = cuda_mlp_plan(op, packed, buffers[0])
-        return Kernel(f"CUDA C++ {plan.kernel}, {plan.tile_rows} rows", f"{dtype}; the extension is built")
-    tiles = {f"{call.tile.block_m}×{call.tile.block_n}" for call in packed.calls(*buffers)}
-    missing = isinstance(op, FusedMlp)
-    why = f"{dtype}; the CUDA extension is not built" if missing else f"{dtype} on a GPU"
+    chosen = packed.choice(buffers[0])[1] if hasattr(packed, "choice") else "on a GPU"
+    if hasattr(serving, "extension"):
+        plan = serving.plan(buffers[0])
+        return Kernel(f"CUDA C++ {plan.kernel}, {plan.tile_rows} rows", f"{dtype}; {chosen}")
+    tiles = {f"{call.tile.block_m}×{call.tile.block_n}" for call in serving.calls(*buffers)}
+    missing = isinstance(op, FusedMlp) and serving is packed
+    why = f"{dtype}; the CUDA extension is not built" if missing else f"{dtype}; {chosen}"
     return Kernel(f"Triton {', '.join(sorted(tiles))}", why)
 
 

@@ -40,6 +40,14 @@ def test_this_machines_tiles_are_used(file: Path) -> None:
     assert TARGET.tuning is None
 
 
+def test_a_table_of_kernels_alone_is_used_too(file: Path) -> None:
+    kernels = {"fused_mlp m64 n1 k1 1 1 bfloat16": "split"}
+    Tuning(HERE, kernels=kernels).write(file)
+    found = tuned(TARGET, file)
+    assert found.tuning is not None
+    assert found.tuning.kernels == kernels
+
+
 @pytest.mark.parametrize("other", ["another GPU", "a GPU with an older triton"])
 def test_a_foreign_or_stale_table_is_left_aside_by_name(file: Path, other: str) -> None:
     Tuning(other, {KEY: Tile(64, 32)}).write(file)
@@ -56,8 +64,9 @@ def test_a_foreign_or_stale_table_is_left_aside_by_name(file: Path, other: str) 
         '{"format": 1, "machines": []}',
         '{"format": 1, "machines": {"a GPU": []}}',
         '{"format": 1, "machines": {"a GPU": {"key": {"block_m": 1000000}}}}',
+        '{"format": 1, "machines": {"a GPU": {"fused_mlp m1 n1 k1 1 1 bfloat16": {"kernel": "fast"}}}}',
     ],
-    ids=["no_json", "a_list", "format", "machines", "tiles", "a_tile"],
+    ids=["no_json", "a_list", "format", "machines", "tiles", "a_tile", "a_kernel"],
 )
 def test_a_malformed_file_is_refused(file: Path, text: str) -> None:
     file.write_text(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._expect import matrix_of
+from .._configs import CUDA_MLP_KERNELS, MLP_KERNELS, Problem
+from .._expect import ContractError, expect, matrix_of
 from ..target import Launch, PackedOp, Target
 from . import FusedMlp
 
@@ -88,32 +89,94 @@ def _memory(tensor: Tensor | None) -> tuple[int, int] | None:
     return None if tensor is None else (tensor.data_ptr(), tensor.nbytes)
 
 
-class _Packed:
+class CudaMlp:
+    """A packed fused_mlp. Which kernel runs it is decided when it is bound."""
+
     def __init__(self, extension: ModuleType, op: FusedMlp, target: Target) -> None:
         self.extension, self.op, self.target = extension, op, target
         self.weights = PackedWeights(op, target.device, target.dtype)
 
-    def plan(self, x: Tensor) -> tuple[Any, Any]:
-        """The extension's Shape and Plan for this buffer: which kernel runs, its tile, its workspace."""
-        op, native = self.op, self.extension
+    @cached_property
+    def triton(self) -> Any:
+        """The same as two Triton kernels, with weights of its own."""
+        from . import _triton
+
+        return _triton.pack(self.op, self.target)
+
+    def problem(self, x: Tensor) -> Problem:
+        op = self.op
         rows, _ = matrix_of("x", x)
-        shape = native.Shape(rows, op.embed_dim, op.w1.shape[1], op.hidden_dim, op.w2.shape[0])
-        return shape, native.Plan(shape, native.Device.of(x.get_device()), os.environ.get(KERNEL_VARIABLE))
+        return Problem("fused_mlp", (rows, op.hidden_dim, op.embed_dim), (op.w1.shape[1], op.w2.shape[0]))
+
+    def choice(self, x: Tensor) -> tuple[str | None, str]:
+        """The kernel for this buffer (None: the extension's own table decides), and who chose it."""
+        forced = os.environ.get(KERNEL_VARIABLE)
+        if forced is not None:
+            expect(forced in MLP_KERNELS, f"a kernel in {KERNEL_VARIABLE}", got=forced, want=MLP_KERNELS)
+            return forced, f"{KERNEL_VARIABLE} asks for it"
+        tuning = self.target.tuning
+        tuned = None if tuning is None else tuning.kernel_for(self.problem(x), self.target.dtype)
+        return (None, "by rule: not measured here") if tuned is None else (tuned, "measured fastest here")
+
+    def serving(self, x: Tensor) -> Any:
+        """What runs this buffer: this, or the Triton pair."""
+        return self.triton if self.choice(x)[0] == "triton" else self
+
+    def candidates(self, x: Tensor) -> list[str]:
+        """The kernels that take this buffer on this GPU."""
+
+        def takes(kernel: str) -> bool:
+            try:
+                self._planned(x, kernel)
+            except ValueError:
+                return False
+            return True
+
+        return [*filter(takes, CUDA_MLP_KERNELS), "triton"]
+
+    def plan(self, x: Tensor) -> Any:
+        """The extension's Plan for this buffer: which of its kernels runs, its tile, its workspace."""
+        kernel, _ = self.choice(x)
+        try:
+            return self._planned(x, kernel)
+        except ValueError as refusal:
+            if kernel is None or KERNEL_VARIABLE in os.environ:
+                raise
+            raise ContractError(f"expected tuning.json to name a kernel that runs here, tune anew: {refusal}") from None
+
+    def _shape(self, x: Tensor) -> Any:
+        rows, _ = matrix_of("x", x)
+        return self.extension.Shape(
+            rows, self.op.embed_dim, self.op.w1.shape[1], self.op.hidden_dim, self.op.w2.shape[0]
+        )
+
+    def _planned(self, x: Tensor, kernel: str | None) -> Any:
+        return self.extension.Plan(self._shape(x), self.extension.Device.of(x.get_device()), kernel)
 
     def bind(self, x: Tensor) -> Launch:
+        self.op.check(self.target, x)
+        serving = self.serving(x)
+        launch: Launch = self._bound(x, self.plan(x)) if serving is self else serving.bind(x)
+        return launch
+
+    def bind_with(self, x: Tensor, kernel: str) -> Launch:
+        """Bound to one of the ``candidates``."""
+        self.op.check(self.target, x)
+        launch: Launch = self.triton.bind(x) if kernel == "triton" else self._bound(x, self._planned(x, kernel))
+        return launch
+
+    def _bound(self, x: Tensor, plan: Any) -> Launch:
         from .._launch import scratch_for  # Triton comes with it
 
         op, native = self.op, self.extension
-        op.check(self.target, x)
         _, pitch = matrix_of("x", x)
-        shape, plan = self.plan(x)
         device = x.get_device()
         workspace = scratch_for(x, (plan.workspace_bytes,), torch.uint8) if plan.workspace_bytes else None
         weights = {name: _memory(getattr(self.weights, name)) for name in ("w1", "w2", "b1", "b2", "gamma")}
         lists = {name: _memory(getattr(self.weights, name)) for name in ("reads", "writes")}
         mlp = native.Mlp(
             plan,
-            shape,
+            self._shape(x),
             str(self.target.dtype).removeprefix("torch."),
             op.act,
             op.eps,
@@ -149,4 +212,4 @@ def pack(op: FusedMlp, target: Target) -> PackedOp:
         from . import _triton
 
         return _triton.pack(op, target)
-    return _Packed(extension, op, target)
+    return CudaMlp(extension, op, target)

@@ -75,7 +75,7 @@ def test_the_fastest_candidate_wins(op: RaggedAttention, monkeypatch: pytest.Mon
     monkeypatch.setattr(tune, "machine_name", lambda device: "one GPU")
     monkeypatch.setattr(tune, "precompile", lambda calls, capability: compiled.extend(calls) or len(compiled))
     monkeypatch.setattr(tune, "_time_of", time_of)
-    monkeypatch.setattr(tune, "_with_tuning", lambda target, tuning: _stand_in(tuning))
+    monkeypatch.setattr(tune, "with_tuning", lambda target, tuning: _stand_in(tuning))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     found = tune.tune([(packed, buffers(op))], TARGET)
