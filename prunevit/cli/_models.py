@@ -40,12 +40,11 @@ def device_of(name: str | None) -> torch.device:
     """The device asked for, or a GPU where there is one; under torchrun, each process's own."""
     import torch
 
+    from ..runtime.backend import device_named
+
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"expected a device such as cpu, cuda or cuda:1, got {name!r}") from None
+    device = device_named(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"expected an NVIDIA GPU for device {name}, got none that torch sees")
     if device.type == "cuda" and device.index is None:

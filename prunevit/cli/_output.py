@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -115,6 +116,8 @@ def _fail(error: Exception, as_json: bool) -> NoReturn:
     # a loader's worker hands on an error with its traceback as the text: the message is what follows the name
     kind = type(error).__name__
     message = str(error).rsplit(f"{kind}: ", 1)[-1].strip()
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
     print(f"error: {message}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": {"type": kind, "message": message}}))
@@ -132,6 +135,13 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[object]], title: str |
     for row in rows:
         made.add_row(*(str(cell) for cell in row))
     return made
+
+
+def expect_writable(path: Path | None, option: str) -> None:
+    """Refuse a file that could not be written before any work is done."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        what = "a folder" if path.is_dir() else f"no folder {path.parent}"
+        raise typer.BadParameter(f"expected a file in a folder that is there, got {path}: {what}", param_hint=option)
 
 
 def si(count: float, unit: str = "") -> str:

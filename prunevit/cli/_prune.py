@@ -128,7 +128,8 @@ def _ratios(path: Path) -> Mapping[str, float]:
     try:
         ratios = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PruningError(f"{path}: expected a JSON or YAML file of ratios by address, got {error}") from None
+        reason = getattr(error, "strerror", None) or getattr(error, "problem", None) or type(error).__name__
+        raise PruningError(f"{path}: expected a JSON or YAML file of ratios by address, got: {reason}") from None
     fine = isinstance(ratios, dict) and all(
         isinstance(name, str) and isinstance(ratio, int | float) for name, ratio in ratios.items()
     )

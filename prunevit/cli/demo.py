@@ -27,6 +27,8 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Train a small ViT on handwritten digits, prune, recover, save and run it; then time a published pruned DeiT."""
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"expected a folder, or nothing yet, got {out}, a file", param_hint="--out")
     with reporting(as_json) as output:
         start = time.monotonic()
         import torch

@@ -9,7 +9,7 @@ import typer
 
 from ._models import expect_there
 from ._options import Backend, Checkpoint
-from ._output import Json, reporting
+from ._output import Json, expect_writable, reporting
 
 Batch = Annotated[int, typer.Option(min=1, help="Images in a call.")]
 Rounds = Annotated[int, typer.Option(min=1, help="How often each step is timed; medians are shown.")]
@@ -27,6 +27,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Time every step, beside its work, the machine's measured peak, what is padding, and which kernel ran."""
+    expect_writable(html, "--html")
     with reporting(as_json) as output:
         expect_there(checkpoint)
         from ..runtime import Runtime

@@ -10,7 +10,7 @@ import typer
 from ._budgets import KINDS, constraints_of, methods_of
 from ._models import expect_there
 from ._options import Backend, BatchSize, Device, MaybeData, Out, Pretrained, Seed, Workers, pairs, words
-from ._output import Json, reporting
+from ._output import Json, expect_writable, reporting
 
 BUDGET, UNITS, DEPLOYMENT, TRAINING, SEARCH = (
     *("Budget: what may remain", "What may go", "Where it will run, for --latency and --memory"),
@@ -180,6 +180,7 @@ def command(
         raise typer.BadParameter(what, param_hint="--macs")
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise typer.BadParameter(f"expected a file that ends in .png, .svg or .pdf, got {plot}", param_hint="--plot")
+    expect_writable(plot, "--plot")
     asked: dict[str, Any] = {
         "pruning_ratio": pruning_ratio,
         "groups": words(groups),

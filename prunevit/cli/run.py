@@ -23,7 +23,7 @@ def command(
     with reporting(as_json) as output:
         expect_there(checkpoint)
         for path in images:
-            expect(path.is_file(), InputError, f"an image file {path}", got="none")
+            expect(path.is_file(), InputError, f"an image file {path}", got="a folder" if path.is_dir() else "none")
         from ._models import open_runtime
 
         runtime = open_runtime(checkpoint, backend)

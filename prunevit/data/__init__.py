@@ -48,7 +48,11 @@ class ImageData:
         order is fixed and every image comes once. ``images`` takes only that many, spread over the classes.
         """
         dataset: Digits | Files = self.splits[split]
-        expect(len(dataset) > 0, DataError, f"images in the {split} split of {self.name}", got=0)
+        if not len(dataset):
+            raise DataError(
+                f"expected images in the {split} split of {self.name}, got none: splits without a folder of their own "
+                "are a tenth or a fifth of each class's training images, and these are too few"
+            )
         if images is not None:
             dataset = dataset.first(images)
         batch_size = min(batch_size, len(dataset))

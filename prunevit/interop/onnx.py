@@ -55,7 +55,10 @@ def export_onnx(
     Raises :class:`MissingPackage` without onnx and onnxscript, :class:`InputError`, :class:`RuntimeMismatch`.
     """
     require_packages("onnx", "onnxscript")
-    expect(opset >= MIN_OPSET, InputError, f"an opset of at least {MIN_OPSET}", got=opset)
+    from onnx.defs import onnx_opset_version
+
+    known = onnx_opset_version()
+    expect(MIN_OPSET <= opset <= known, InputError, f"an opset from {MIN_OPSET} to {known}", got=opset)
     expect(batch is None or batch >= 1, InputError, "a batch of at least one image, or None for any", got=batch)
     path = Path(path)
     expect(not path.is_dir(), InputError, "the path of a file to write", got=f"{path}, a directory")

@@ -66,8 +66,10 @@ def read_journal(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Pro
     try:
         header = json.loads(complete[0])
         probes = [Probe(**json.loads(line)) for line in complete[1:]]
-    except (IndexError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: expected the journal of a search, got {error}; delete it to start") from None
+    except (IndexError, ValueError, TypeError):
+        raise CheckpointError(
+            f"{path}: expected the journal of a search, got another file; delete it to start"
+        ) from None
     return header, probes
 
 

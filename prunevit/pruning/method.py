@@ -104,7 +104,9 @@ def labelled(data: Data | None, model: nn.Module, most: int | None, *, of: str) 
 
 def _batches(data: Data | None, model: nn.Module, most: int | None, of: str) -> Iterator[tuple[Tensor, Tensor | None]]:
     if data is None:
-        raise PruningError(f"{of} measures on images: expected data=batches of images, got none")
+        raise PruningError(
+            f"expected images that {of} can measure on (--data DIR or digits; data=batches in Python), got none"
+        )
     like, seen = next(model.parameters()), 0
     for batch in data:
         images, labels = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])

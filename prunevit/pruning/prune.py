@@ -18,6 +18,7 @@ from .combine import Sequential, Stage
 from .cp_vit import CPViT, EViT
 from .groups import check_kinds
 from .method import Batches, Data, Job, Method
+from .options import check_types
 from .ranking import Ranking
 from .recover import Step
 from .scorers import SCORERS
@@ -63,7 +64,9 @@ def prune(
     :class:`PruningError` for anything else that does not fit, :class:`UnsupportedModel` for a model that no spec
     describes.
     """
-    ranking = Ranking(**{name: value for name, value in options.items() if name in _RANKING})
+    about_ranks = {name: value for name, value in options.items() if name in _RANKING}
+    check_types(Ranking, about_ranks)
+    ranking = Ranking(**about_ranks)
     methods = [method] if isinstance(method, str | Method) else list(method)
     expect(bool(methods), PruningError, "at least one method", got="none")
     stages = _stages(methods, {name: value for name, value in options.items() if name not in _RANKING})
@@ -105,6 +108,7 @@ def named_method(name: str, options: Mapping[str, Any]) -> Method:
     unknown = sorted(set(options) - _options(name))
     what = f"options of {name} out of {', '.join(sorted(_options(name) | _RANKING))}"
     expect(not unknown, PruningError, what, got=", ".join(unknown))
+    check_types(kind, options)
     method: Method = kind(**options)
     return method
 

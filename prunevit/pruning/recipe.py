@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import PruningError, expect
+from .options import check_types
 from .plan import Plan
 
 Distillation = Literal["hard", "soft", "feature"]
@@ -48,10 +49,6 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = get_args(Distillation)
-        expect(
-            self.distillation in known, PruningError, f"distillation out of {', '.join(known)}", got=self.distillation
-        )
         for name in ("epochs", "accumulate", "lr", "temperature"):
             expect(getattr(self, name) > 0, PruningError, f"{name} above 0", got=getattr(self, name))
         for name in ("alpha", "smoothing"):
@@ -64,6 +61,7 @@ class Recipe:
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(options) - set(known))
         expect(not unknown, PruningError, f"options of recover out of {', '.join(known)}", got=", ".join(unknown))
+        check_types(cls, options)
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:

@@ -106,17 +106,21 @@ class _Run:
         self.loss = Loss(recipe, model, teacher)
         student = Student(model, Loss.features(recipe, teacher))
         self.student: nn.Module = DistributedDataParallel(student) if self.world > 1 else student
-        self.optimizer = create_optimizer_v2(model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            sched=recipe.sched,
-            num_epochs=self.total / self.updates,  # a part of an epoch where max_steps ends training
-            warmup_epochs=recipe.warmup_epochs,
-            warmup_lr=recipe.warmup_lr,
-            min_lr=recipe.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=self.updates,
-        )
+        try:
+            self.optimizer = create_optimizer_v2(model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
+            self.scheduler, _ = create_scheduler_v2(
+                self.optimizer,
+                sched=recipe.sched,
+                num_epochs=self.total / self.updates,  # a part of an epoch where max_steps ends training
+                warmup_epochs=recipe.warmup_epochs,
+                warmup_lr=recipe.warmup_lr,
+                min_lr=recipe.min_lr,
+                step_on_epochs=False,
+                updates_per_epoch=self.updates,
+            )
+        except ValueError as error:  # the names are timm's: it says which of the two it does not know
+            what = "opt and sched that timm has, such as adamw, lamb or sgd, and cosine, step or poly"
+            raise PruningError(f"expected {what}, got {recipe.opt} and {recipe.sched}: {error}") from None
         amp = self.device.type == "cuda" if recipe.amp is None else recipe.amp
         self.autocast = torch.autocast(self.device.type, getattr(torch, recipe.amp_dtype), enabled=amp)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and recipe.amp_dtype == "float16")  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from prunevit.pruning import Plan
 
 from .conftest import Call
 
+DIGITS = ("--data", "digits")
 COMMANDS = ("prune", "finetune", "info", "run", "eval", "demo")
 
 
@@ -38,6 +40,10 @@ def test_every_command_has_help_and_json(call: Call) -> None:
         answer = call(command, "--help")
         assert answer.code == 0
         assert "--json" in answer.stdout
+
+
+def test_it_says_its_version(call: Call) -> None:
+    assert call("--version").stdout == f"prunevit {version('prunevit')}\n"
 
 
 def test_the_module_is_the_command() -> None:
@@ -214,6 +220,21 @@ def test_finetune_can_learn_new_classes(call: Call, checkpoint: Path, tmp_path: 
         (("info", "./nowhere"), "nowhere"),
         (("info", "swin_tiny_patch4_window7_224"), "swin|Swin"),
         (("prune", "{}", "--method", "magnitude", "--macs", "0.001%", "--out", "{out}"), "floor"),
+        (("prune", "{}", "--macs", "50%", "--out", "{out}"), "images that snp can measure on .--data DIR"),
+        (("prune", "{}", "--macs", "50%", "--option", "gamma=eight", "--out", "{out}"), "gamma .* 'eight'"),
+        (
+            ("prune", "{}", "--macs", "50%", "--option", "pruning_ratio=much", "--out", "{out}"),
+            "pruning_ratio .* 'much'",
+        ),
+        (("prune", "{}", "--latency", "50%", "--on", "tpu", "--out", "{out}"), "a device such as cpu.* 'tpu'"),
+        (("prune", "{}", "--method", "magnitude", "--ratios", "no.json", "--out", "{out}"), "No such file"),
+        (
+            ("prune", "{}", "--method", "magnitude", "--ratios", "{}/model.safetensors", "--out", "{out}"),
+            "JSON or YAML",
+        ),
+        (("finetune", "{}", *DIGITS, "--recipe", "lr=fast", "--out", "{out}"), "lr to be float, got 'fast'"),
+        (("run", "{}", "."), "image file ., got a folder"),
+        (("export", "{}", "--opset", "99", "--out", "{out}"), "opset from"),
         (("prune", "{}", "--method", "taylor", "--macs", "50%", "--out", "{out}"), "data"),
         (("prune", "{}", "--method", "magnitude", "--macs", "50%", "--data", "no/where", "--out", "{out}"), "no/where"),
         (("eval", "{}", "--data", "no/where"), "no/where"),
@@ -257,6 +278,10 @@ def test_a_named_error_is_one_message_and_exit_code_1(
         ("prune", "{}", "--macs", "120%", "--out", "{out}"),
         ("prune", "{}", "--method", "magic", "--macs", "50%", "--out", "{out}"),
         ("info", "snp_deit_small", "--plot", "shape.txt"),
+        ("info", "snp_deit_small", "--plot", "{out}/deep/shape.png"),
+        ("explain", "{}", "--html", "{out}/page.html"),
+        ("explain", "{}", "--html", "{}"),
+        ("demo", "--out", "{}/config.json"),
         ("eval", "{}", "--data", "digits", "--backend", "tpu"),
         ("eval", "{}", "--data", "digits", "--split", "all"),
         ("run", "{}", "a.png", "--top-k", "0"),
@@ -270,6 +295,10 @@ def test_a_named_error_is_one_message_and_exit_code_1(
         "above_all",
         "no_method",
         "unknown_picture",
+        "picture_in_no_folder",
+        "page_in_no_folder",
+        "page_that_is_a_folder",
+        "folder_that_is_a_file",
         "unknown_backend",
         "unknown_split",
         "no_class",

@@ -151,7 +151,7 @@ def test_it_finetunes_after_the_cut() -> None:
     [
         ({"stages": 2}, "expected train="),
         ({"finetune_epochs": 2}, "expected train="),
-        ({"keep": "central heads"}, "central or peripheral"),
+        ({"keep": "central heads"}, "central, peripheral"),
         ({"damping": 0}, "damping"),
         ({"groups": ("channel",)}, "combine it"),
     ],

@@ -163,6 +163,10 @@ def test_a_distilled_model_teaches_its_second_head() -> None:
         ({"distillation": "harder"}, "hard, soft, feature"),
         ({"epochs": 0}, "epochs"),
         ({"alpha": 2.0}, "alpha"),
+        ({"mixup": "lots"}, "mixup to be float, got 'lots'"),
+        ({"amp_dtype": "fp8"}, "amp_dtype out of bfloat16, float16, got 'fp8'"),
+        ({"opt": "nope"}, "such as adamw.* got nope and cosine"),
+        ({"sched": "nope"}, "cosine, step or poly, got adamw and nope"),
         ({"lr": 1e12, "opt": "sgd", "epochs": 20}, "finite loss"),
     ],
 )

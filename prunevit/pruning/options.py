@@ -1,0 +1,31 @@
+"""Options by name, as they come from a command line or a file: each is of its field's type, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ..errors import PruningError, expect
+
+
+def check_types(kind: type[Any], options: Mapping[str, Any]) -> None:
+    """Raise :class:`PruningError` unless each option fits the field of that name of ``kind``, a dataclass.
+
+    Words inside of something (kinds of group in a list) are left to the class, which says what they may be.
+    """
+    hints, names = get_type_hints(kind), {field.name: field.type for field in fields(kind)}
+    for name, value in options.items():
+        hint = hints[name]
+        literal = get_origin(hint) is Literal
+        if not literal and "Literal[" in str(hint):
+            continue
+        try:
+            TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            fits = True
+        except ValidationError:
+            fits = False
+        what = f"out of {', '.join(map(str, get_args(hint)))}" if literal else f"to be {names[name]}"
+        expect(fits, PruningError, f"{name} {what}", got=repr(value))
