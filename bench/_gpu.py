@@ -26,17 +26,19 @@ from rich.table import Table
 from prunevit import shapes
 from prunevit._machine import machine
 from prunevit.benchmark import Peer, run_interleaved, speedup
+from prunevit_kernels._configs import MLP_KERNELS
 
 IMPLS: dict[str, tuple[str, ...]] = {
     "ragged_attention": ("prunevit", "sdpa padded", "sdpa grouped"),
     "norm_linear": ("prunevit", "eager", "inductor max-autotune"),
-    "fused_mlp": ("prunevit", "triton", "eager", "inductor max-autotune"),
+    "fused_mlp": (
+        "prunevit", *(f"prunevit:{kernel}" for kernel in MLP_KERNELS), "eager", "inductor max-autotune",
+    ),
     "model": (
         "prunevit", "eager", "eager grouped", "compile max-autotune", "compile reduce-overhead",
         "dense eager", "dense compile max-autotune", "dense compile reduce-overhead",
     ),
 }  # fmt: skip
-OURS = ("prunevit", "triton")  # triton: our own fallback, no peer
 COLUMNS = ("shape", "batch", "best peer", "µs", "its µs", "× best", "goal", "of floor", "goal", "× dense", "MACs ratio")
 console = Console(stderr=True)
 
@@ -73,7 +75,8 @@ def rows_of(kind: str, works: list[Work], peers: list[Peer], peaks: dict[str, An
     """A row a work and implementation; what stands beside a goal is in ours."""
     rows = []
     for i, work in enumerate(works):
-        one = {peer.name: Peer(peer.name, peer.job, samples=[[s[i]] for s in peer.samples]) for peer in peers}
+        able = [peer for peer in peers if peer.samples[0][i] is not None]  # not every kernel of ours takes every shape
+        one = {peer.name: Peer(peer.name, peer.job, samples=[[s[i]] for s in peer.samples]) for peer in able}
         ours = one["prunevit"]
         (ours_peer,) = (peer for peer in peers if peer.name == "prunevit")
         costs = ours_peer.facts["costs"][i] if kind == "model" else [cost(kind, work)]
@@ -82,7 +85,8 @@ def rows_of(kind: str, works: list[Work], peers: list[Peer], peaks: dict[str, An
         def median(peer: Peer) -> float:
             return peer.quantile(0.5)
 
-        same = [peer for name, peer in one.items() if name not in OURS and not name.startswith("dense ")]
+        # prunevit: as chosen; prunevit:split and so on: kernels of ours that were asked for, no peers
+        same = [peer for name, peer in one.items() if not name.startswith(("prunevit", "dense "))]
         dense = [peer for name, peer in one.items() if name.startswith("dense ")]
         best, best_dense = min(same, key=median, default=None), min(dense, key=median, default=None)
         goal, floor_goal = goals(kind, work)
@@ -93,6 +97,7 @@ def rows_of(kind: str, works: list[Work], peers: list[Peer], peaks: dict[str, An
                 "shape": work["name"] + (f".block{work['block']}" if "block" in work else ""),
                 "batch": work["batch"],
                 "impl": name,
+                **({"e": work["e"], "f": work["f"]} if kind == "fused_mlp" else {}),
                 "us_p50": 1e3 * ms,
                 "us_p20": 1e3 * peer.quantile(0.2),
                 "us_p80": 1e3 * peer.quantile(0.8),
@@ -101,6 +106,8 @@ def rows_of(kind: str, works: list[Work], peers: list[Peer], peaks: dict[str, An
                 "floor_us": 1e3 * floor,
                 "fraction_of_floor": None if name.startswith("dense ") else floor / ms,
             }
+            if name.startswith("prunevit") and kind == "fused_mlp":
+                row["kernel"] = next(peer for peer in peers if peer.name == name).facts["kernels"][i]
             if peer is ours and best is not None:
                 row |= {"best_peer": best.name, "ratio_to_best_peer": speedup(ours, best), "goal_ratio": goal}
                 row |= {"goal_fraction_of_floor": floor_goal}
@@ -138,6 +145,23 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
             share(row["fraction_of_floor"]), share(row.get("goal_fraction_of_floor")),
             times(row.get("pruned_over_dense")), times(row.get("macs_ratio")),
         )  # fmt: skip
+    return table
+
+
+def kernels_of(rows: list[dict[str, Any]]) -> Table:
+    """A line a shape and batch of fused_mlp: what each kernel of ours takes, and which was chosen."""
+    table = Table(title="fused_mlp, our kernels, µs: the fastest, and what was chosen")
+    names = [impl for impl in IMPLS["fused_mlp"] if impl.startswith("prunevit:")]
+    for column in ("shape", "E", "F", "batch", *(name.removeprefix("prunevit:") for name in names), "chosen", "× best"):
+        table.add_column(column, justify="left" if column in ("shape", "chosen") else "right")
+    for row in (row for row in rows if row["impl"] == "prunevit"):
+        same = {r["impl"]: r for r in rows if (r["shape"], r["batch"]) == (row["shape"], row["batch"])}
+        times = {name: same[name]["us_p50"] for name in names if name in same}
+        best = min(times.values(), default=None)
+        cells = ["–" if name not in times else f"{times[name]:.1f}{'*' * (times[name] == best)}" for name in names]
+        ratio = "–" if best is None else f"{row['us_p50'] / best:.2f}"
+        facts = (row["shape"], str(row["e"]), str(row["f"]), str(row["batch"]))
+        table.add_row(*facts, *cells, row["kernel"] or "–", ratio)
     return table
 
 
@@ -183,7 +207,10 @@ def write(kind: str, record: dict[str, Any], out: Path) -> None:
 def environment(dtype: str) -> dict[str, Any]:
     """What a number travels with."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    versions = {"triton": _version("triton"), "cuda": torch.version.cuda}
+    versions: dict[str, Any] = {"triton": _version("triton"), "cuda": torch.version.cuda}
+    if torch.cuda.is_available():
+        facts = torch.cuda.get_device_properties(0)
+        versions |= {"sm": 10 * facts.major + facts.minor, "multiprocessors": facts.multi_processor_count}
     return {**machine(), **versions, "dtype": dtype, "commit": commit.stdout.strip(), "command": " ".join(sys.argv)}
 
 
@@ -212,6 +239,8 @@ def bench(
         if out is not None:
             write(kind, {"environment": environment(dtype), "rows": rows}, out)
     Console(width=150).print(table_of(rows))
+    if kind == "fused_mlp":
+        Console(width=150).print(kernels_of(rows))
     if left:
         sizes = ",".join(map(str, batches))
         again = f"python bench/{kind}.py --device {device} --batch {sizes} --shapes {','.join(left)}"

@@ -26,6 +26,8 @@ from torch import Tensor
 from prunevit import PrunedViT, Runtime, shapes
 from prunevit.runtime.work import exponentials, useful_bytes
 from prunevit_kernels import Target
+from prunevit_kernels._launch import TritonOp
+from prunevit_kernels.fused_mlp._cuda import CudaMlp
 
 Run = Callable[[], object]
 REPEATS = 10
@@ -66,18 +68,14 @@ def costs_of(runtime: Runtime, images: Tensor) -> list[Cost]:
         ]
 
 
-def op_of(job: dict[str, Any], work: Work) -> Run:
-    """One op on buffers of its own; in place where the op is."""
+def op_of(job: dict[str, Any], work: Work) -> Run | None:
+    """One op on buffers of its own, in place where the op is; None where a kernel of ours does not take the shape."""
     impl, op, dtype = job["impl"], job["kind"], getattr(torch, job["dtype"])
     on_gpu = job["device"] == "cuda"
     target = Target("cuda", torch.device("cuda", 0), dtype) if on_gpu else Target("torch", dtype=dtype)
     made, buffers = make(op, work, target)
-    if impl in ("prunevit", "triton"):
-        if impl == "triton":
-            from prunevit_kernels.fused_mlp._triton import pack
-
-            return pack(made, target).bind(*buffers)
-        return made.pack(target).bind(*buffers)
+    if impl.startswith("prunevit"):
+        return ours(impl.removeprefix("prunevit").removeprefix(":"), made.pack(target), buffers, work)
     if op == "ragged_attention":
         return attention_peer(impl, work, target)
     function = padded(op, work, target)
@@ -85,6 +83,20 @@ def op_of(job: dict[str, Any], work: Work) -> Run:
         function = torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
     x = torch.randn(work["batch"], TOKENS, up8(work["e"]), device=target.device).to(dtype)
     return lambda: function(x)
+
+
+def ours(kernel: str, packed: Any, buffers: list[Tensor], work: Work) -> Run | None:
+    """Our op as it is chosen or, of an MLP, by the kernel that is named; notes in ``work`` which one it is."""
+    if not isinstance(packed, CudaMlp):  # another op, the reference on a CPU, or no extension: Triton alone
+        work["kernel"] = "triton" if isinstance(packed, TritonOp) else None
+        other = kernel not in ("", work["kernel"])
+        return None if other else packed.bind(*buffers)
+    (x,) = buffers
+    if not kernel:
+        work["kernel"] = "triton" if packed.serving(x) is not packed else packed.plan(x).kernel
+        return packed.bind(x)
+    work["kernel"] = kernel
+    return packed.bind_with(x, kernel) if kernel in packed.candidates(x) else None
 
 
 def attention_peer(impl: str, work: Work, target: Target) -> Run:
@@ -171,13 +183,16 @@ def peaks(job: dict[str, Any]) -> dict[str, float]:
     return {"flops": flops, "bandwidth": moved, "exps": units}
 
 
-def built(job: dict[str, Any]) -> list[Run]:
-    """Every work of the job, warmed up. One process builds at a time: autotuning measures."""
+def built(job: dict[str, Any]) -> list[Run | None]:
+    """Every work of the job that can be done, warmed up. One process builds at a time: autotuning measures."""
     with (Path(tempfile.gettempdir()) / "prunevit-gpu-build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        runs = []
+        runs = list[Run | None]()
         for work in job["works"]:
             run = model_of(job, work) if job["kind"] == "model" else op_of(job, work)
+            if run is None:
+                runs.append(None)
+                continue
             for _ in range(3):
                 run()
             graph = job["kind"] != "model" and job["device"] == "cuda"
@@ -199,10 +214,12 @@ def main() -> None:
     timed = event_times if job["device"] == "cuda" else wall_times
     repeats = 1 if job["kind"] == "model" or job["device"] != "cuda" else REPEATS
     costs = [work["costs"] for work in job["works"] if "costs" in work]
-    print(json.dumps({"built": job["impl"], "costs": costs}), flush=True)
+    kernels = [work.get("kernel") for work in job["works"]]
+    print(json.dumps({"built": job["impl"], "costs": costs, "kernels": kernels}), flush=True)
     for line in sys.stdin:
         each = float(line) / len(runs)
-        print(json.dumps({"ms": [statistics.median(timed(run, each)) / repeats for run in runs]}), flush=True)
+        times = [None if run is None else statistics.median(timed(run, each)) / repeats for run in runs]
+        print(json.dumps({"ms": times}), flush=True)
 
 
 if __name__ == "__main__":

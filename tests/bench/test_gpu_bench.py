@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import _gpu  # noqa: E402
 import _works  # noqa: E402
 import gpu  # noqa: E402
+import mlp_rules  # noqa: E402
 
 from prunevit.benchmark import Peer  # noqa: E402
 
@@ -122,6 +123,79 @@ def test_rows_have_ratios_floors_and_goals(tmp_path: Path) -> None:
     assert len(written["rows"]) == 4
     assert (tmp_path / "model-nvidia-h100-80gb.csv").read_text().count("\n") == 5
     assert (tmp_path / "model-nvidia-h100-80gb.png").stat().st_size > 1000
+
+
+def mlp_peers(**us: list[float | None]) -> list[Peer]:
+    """Peers of two works, each with its time in every one, and the kernel that ran it."""
+    made = []
+    for name, times in us.items():
+        label = {"prunevit": "prunevit", "eager": "eager"}.get(name, f"prunevit:{name}")
+        ms = [None if time is None else time / 1e3 for time in times]
+        kernel = "fused" if name == "prunevit" else name
+        made.append(Peer(label, {}, samples=[ms] * 3, facts={"kernels": [kernel] * len(times)}))  # type: ignore[list-item]
+    return made
+
+
+def test_every_kernel_of_ours_has_a_row_and_is_no_peer() -> None:
+    works = [
+        {"name": "snp_deit_tiny", "block": i, "batch": 1, "e": 153, "f": f, "qk": [], "v": []}
+        for i, f in enumerate((383, 614))
+    ]
+    peers = mlp_peers(prunevit=[10, 20], fused=[10, 20], wgmma=[7, None], wgmma_gemms=[9, 15], eager=[30, 40])
+    rows = _gpu.rows_of("fused_mlp", works, peers, {"flops": 1e15, "bandwidth": 1e12, "exps": 1e12})
+    assert [row["impl"] for row in rows].count("prunevit:wgmma") == 1, "a kernel that does not take a shape has no row"
+    assert {row["kernel"] for row in rows if row["impl"] == "prunevit"} == {"fused"}
+    ours = [row for row in rows if row["impl"] == "prunevit"]
+    assert [row["best_peer"] for row in ours] == ["eager", "eager"]
+    table = _gpu.kernels_of(rows)
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[4:] == [["10.0", "20.0"], ["–", "–"], ["–", "–"], ["7.0*", "–"], ["9.0", "15.0*"], ["–", "–"],
+                         ["fused", "fused"], ["1.43", "1.33"]]  # fmt: skip
+    assert {(p.embed, p.hidden): p.times for p in mlp_rules.points_of(rows)} == {
+        (153, 383): {"fused": 10.0, "wgmma": 7.0, "wgmma_gemms": 9.0},
+        (153, 614): {"fused": 20.0, "wgmma_gemms": 15.0},
+    }
+
+
+def drawn_points(seed: int) -> list[mlp_rules.Point]:
+    g = torch.Generator().manual_seed(seed)
+    names = ("fused", "split", "two_gemms", "wgmma_gemms")
+    return [
+        mlp_rules.Point(rows, embed, hidden, {name: 1 + torch.rand((), generator=g).item() for name in names})
+        for rows in (197, 12608, 50432)
+        for embed in (153, 345, 384)
+        for hidden in (77, 307, 1024, 1536)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rules_choose_the_fastest_kernel_of_every_problem(seed: int) -> None:
+    points = drawn_points(seed)
+    rules = mlp_rules.rules_of(points, 132, tie=0.0)
+    assert all(point.loss(mlp_rules.chosen(rules, point, 132) or "") == 1 for point in points)
+    rules = mlp_rules.rules_of(points, 132, tie=0.3)
+    assert all(point.loss(mlp_rules.chosen(rules, point, 132) or "") <= 1.3 for point in points)
+    assert len(rules) < len(points) / 2
+
+
+def test_rules_are_printed_as_plan_h_has_them() -> None:
+    times = {"split": [5, 9, 30, 60], "wgmma": [6, 9, 20, 50], "wgmma_gemms": [9, 9, 40, 40]}
+    sizes = [(1, 77), (1, 1536), (256, 307), (256, 1536)]
+    rows = [
+        {"op": "fused_mlp", "impl": f"prunevit:{name}", "kernel": name, "batch": b, "e": 384, "f": f, "us_p50": us[i]}
+        for name, us in times.items()
+        for i, (b, f) in enumerate(sizes)
+    ]
+    facts = {"gpu": "a GPU", "dtype": "bfloat16", "commit": "abc", "sm": 90, "multiprocessors": 132}
+    assert mlp_rules.report({"environment": facts, "rows": rows}, 0.03) == [
+        "    // a GPU, bfloat16, commit abc: 4 problems measured",
+        "    {90, 90, 0.425f, 384, kAny, Kernel::split},",
+        "    {90, 90, kAny, 384, 1.79f, Kernel::wgmma},",
+        "    {90, 90, kAny, 384, kAny, Kernel::wgmma_gemms},",
+        "// at worst 1.00 times the best kernel's time",
+    ]
+    with pytest.raises(SystemExit, match="expected rows of prunevit:fused"):
+        mlp_rules.report({"environment": facts, "rows": []}, 0.03)
 
 
 @pytest.mark.parametrize("script", ["model", "ragged_attention", "norm_linear", "fused_mlp"])
