@@ -56,10 +56,11 @@ def measure(
     dtype: str = "bfloat16",
     rounds: int = 7,
     seconds: float = 0.1,
+    tuning: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Rows of all implementations for some works, timed in turn."""
-    job = {"kind": kind, "works": works, "device": device, "dtype": dtype}
+    job = {"kind": kind, "works": works, "device": device, "dtype": dtype, "tuning": tuning and str(tuning)}
     program = (str(Path(__file__).with_name("_gpu_worker.py")),)
     peers = [Peer(impl, job, program) for impl in impls]
     probe = Peer("peak", job, program)
@@ -222,7 +223,7 @@ def _version(package: str) -> str:
 
 def bench(
     kind: str, names: list[str], batches: list[int], out: Path | None, *, limit: float, dtype: str = "bfloat16",
-    impls: Sequence[str] | None = None, device: str = "cuda", rounds: int = 7,
+    impls: Sequence[str] | None = None, device: str = "cuda", rounds: int = 7, tuning: Path | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure shape after shape until the limit; print the table, write the files."""
     begun, rows = time.monotonic(), list[dict[str, Any]]()
@@ -233,7 +234,7 @@ def bench(
             works = works_of(kind, name, batches)
             label = f"{kind}, {name}: "
             rows += measure(
-                kind, works, impls or IMPLS[kind], device=device, dtype=dtype, rounds=rounds,
+                kind, works, impls or IMPLS[kind], device=device, dtype=dtype, rounds=rounds, tuning=tuning,
                 progress=lambda text, label=label: status.update(label + text),
             )  # fmt: skip
         if out is not None:

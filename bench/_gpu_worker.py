@@ -42,7 +42,9 @@ def model_of(job: dict[str, Any], work: Work) -> Run:
     images = torch.randn(work["batch"], spec.in_chans, *spec.img_size, device=job["device"]).to(dtype)
     if impl == "prunevit":
         backend = "cuda" if job["device"] == "cuda" else "torch"
-        runtime = Runtime(PrunedViT(spec), device=job["device"], dtype=dtype, backend=backend).warmup(work["batch"])
+        runtime = Runtime(
+            PrunedViT(spec), device=job["device"], dtype=dtype, backend=backend, tuning=job.get("tuning")
+        ).warmup(work["batch"])
         work["costs"] = costs_of(runtime, images)
         return lambda: runtime(images)
     if impl.startswith("dense "):

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("tests", "ragged_attention", "norm_linear", "fused_mlp", "model")
+PARTS = ("tests", "ragged_attention", "norm_linear", "fused_mlp", "tune", "model")
 NEEDS = (
     "matplotlib", "numpy", "pybind11", "pydantic", "pytest", "pytest_timeout", "rich", "safetensors", "setuptools",
     "timm", "torch", "torchvision", "triton", "typer", "yaml",
@@ -75,11 +75,17 @@ def part_commands(args: argparse.Namespace) -> list[list[str]]:
         chosen = ["-k", args.shapes] if args.shapes else []
         report = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={out}/tests-gpu.xml"]
         return [build, [sys.executable, "-m", "pytest", *report, *parallel, *chosen, *GPU_TESTS]]
+    tuning = args.out.resolve() / "tuning.json"
+    if args.part == "tune":
+        tune = [sys.executable, "-m", "prunevit.runtime.tune", f"--batch={args.batch or '1,64,256'}", f"--out={tuning}"]
+        return [build, *([*tune, shape] for shape in (args.shapes or "snp_deit_small").split(","))]
     options = [f"--{name}={value}" for name, value in (("shapes", args.shapes), ("batch", args.batch)) if value]
     bench = [sys.executable, f"bench/{args.part}.py", "--device=cuda", *options]
     commands = [build, [*bench, f"--out={out}", f"--limit={SECONDS - 200}"]]
     if args.part == "model":
-        commands.append([*bench, "--roofline"])
+        tuned = [f"--tuning={tuning}"] if tuning.is_file() else []  # what PART=tune has written there
+        commands = [[*command, *tuned] if command is not build else command for command in commands]
+        commands.append([*bench, *tuned, "--roofline"])
     return commands
 
 

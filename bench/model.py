@@ -126,10 +126,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def roofline(shape: str, batch: int, device: str, threads: int, rounds: int) -> Explanation:
+def roofline(shape: str, batch: int, device: str, threads: int, rounds: int, tuning: Path | None = None) -> Explanation:
     """Every step of a shape beside the least time that it could take."""
     torch.manual_seed(0)
-    runtime = Runtime(PrunedViT(shapes.get(shape)), device=device, threads=threads).warmup(batch)
+    runtime = Runtime(PrunedViT(shapes.get(shape)), device=device, threads=threads, tuning=tuning).warmup(batch)
     return runtime.explain(batch, rounds)
 
 
@@ -157,6 +157,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="folder for the .json, .csv and .png files")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="write the rows to this file")] = None,
     limit: Annotated[float, typer.Option(help="seconds after which a GPU begins no further shape")] = 300,
+    tuning: Annotated[Path | None, typer.Option(help="on a GPU, the tuning.json that prunevit runs with")] = None,
     roofline_: Annotated[bool, typer.Option("--roofline", help="only the time of each step beside its floor")] = False,
 ) -> None:
     if device not in ("cpu", "cuda"):
@@ -166,10 +167,11 @@ def main(
         _gpu.expect_gpu()
     if roofline_:
         for shape, size in product(names, batches):
-            Console().print(roofline_table(shape, roofline(shape, size, device, threads, rounds)))
+            Console().print(roofline_table(shape, roofline(shape, size, device, threads, rounds, tuning)))
         return
     if device == "cuda":
-        _gpu.bench("model", names, batches, out, limit=limit, impls=impls.split(",") if impls else None)
+        chosen = impls.split(",") if impls else None
+        _gpu.bench("model", names, batches, out, limit=limit, impls=chosen, tuning=tuning)
         return
     for name in MODEL_PEERS:
         if (reason := missing(name)) is not None:

@@ -36,9 +36,16 @@ def test_a_dry_run_prints_the_build_and_the_part(part: str, tmp_path: Path) -> N
     assert "--no-index --no-deps" in install
     assert install.endswith("pydantic-2-py3-none-any.whl")
     assert "setup.py -q build_ext --inplace" in build
-    assert ("-m gpu" if part == "tests" else f"bench/{part}.py --device=cuda") in run
+    what = {"tests": "-m gpu", "tune": f"-m prunevit.runtime.tune --batch=1,64,256 --out={tmp_path}/out/tuning.json"}
+    assert what.get(part, f"bench/{part}.py --device=cuda") in run
     assert "snp_deit_tiny" in run
     assert not (tmp_path / "out").exists()
+
+
+def test_models_are_timed_with_what_was_tuned_before(tmp_path: Path) -> None:
+    (tmp_path / "tuning.json").write_text("{}")
+    done = make("PART=model", "DRY_RUN=1", f"OUT={tmp_path}")
+    assert [f"--tuning={tmp_path}/tuning.json" in line for line in done.stdout.splitlines()] == [False, True, True]
 
 
 def test_an_unknown_part_is_named() -> None:
