@@ -13,9 +13,11 @@ views, or another process.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -33,7 +35,7 @@ _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-# bytes that a thread of its own compares in a good deal more time than it takes to start
+# bytes that a thread of its own compares in a good deal more time than it takes to wake
 _WORTH_A_THREAD = 2 << 20
 
 _Run = tuple[int, int, int]  # two addresses, and how many bytes from each
@@ -63,21 +65,26 @@ def _same_runs(runs: Sequence[_Run], threads: int) -> bool:
     total = sum(size for _, _, size in runs)
     threads = min(threads, total // _WORTH_A_THREAD)
     if threads <= 1:
-        return all(_memcmp(*run) == 0 for run in runs)
-    differ: list[bool] = []
-
-    def compare(part: list[_Run]) -> None:
-        if any(_memcmp(*run) != 0 for run in part):
-            differ.append(True)
-
+        return _all_same(runs)
     mine, *others = _parts(runs, -(-total // threads))
-    workers = [threading.Thread(target=compare, args=(part,)) for part in others]
-    for worker in workers:
-        worker.start()
-    compare(mine)
-    for worker in workers:
-        worker.join()
-    return not differ
+    answers = [_readers.submit(_all_same, part) for part in others]
+    same = _all_same(mine)
+    return all([same, *(answer.result() for answer in answers)])
+
+
+def _all_same(runs: Sequence[_Run]) -> bool:
+    return all(_memcmp(*run) == 0 for run in runs)
+
+
+def _new_readers() -> None:
+    """Threads that wait for bytes to compare: to start one for each block took a fifth of the comparison's time."""
+    global _readers
+    _readers = ThreadPoolExecutor(os.cpu_count(), "prunevit-compare")
+
+
+_readers: ThreadPoolExecutor
+_new_readers()
+os.register_at_fork(after_in_child=_new_readers)  # the threads do not survive a fork
 
 
 def _parts(runs: Sequence[_Run], limit: int) -> list[list[_Run]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import signal
 import threading
 import weakref
 from collections.abc import Callable
@@ -243,6 +245,18 @@ def test_a_pack_of_many_bytes_is_compared_by_several_threads() -> None:
                 tensor[at] = 0
 
 
+def test_a_forked_child_compares_with_threads_of_its_own() -> None:
+    tensors = [torch.zeros(8 << 20, dtype=torch.uint8)]
+    copies = [t.clone() for t in tensors]
+    assert same_bytes(tensors, copies, 2)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # a child that waits for its parent's threads waits for ever
+        tensors[0].numpy()[-1] = 1
+        os._exit(0 if not same_bytes(tensors, copies, 2) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_weights_made_in_inference_mode() -> None:
     """They count no versions: their contents are compared, whatever check says."""
     with torch.inference_mode():
@@ -252,4 +266,18 @@ def test_weights_made_in_inference_mode() -> None:
         model.blocks[0].mlp.fc1.weight.mul_(1.5)
         got = model(x)
         want = restore(model)(x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_is_asked_only_when_something_is_unusual(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x, asked = accelerate(tiny()).blocks[0], torch.ones(1, 7, 24), []
+    refusal = type(block).refusal
+    monkeypatch.setattr(type(block), "refusal", lambda self, *a: asked.append(a) or refusal(self, *a))
+    with torch.no_grad():
+        want = block(x)
+        assert asked == []
+        block.mlp.fc1.register_forward_hook(lambda *_: None)
+        with pytest.warns(RuntimeWarning, match="reference path: mlp.fc1 has a forward hook"):
+            got = block(x)
+    assert len(asked) == 1
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
