@@ -92,6 +92,27 @@ def test_an_interrupted_run_resumes_to_the_same_weights(recipe: dict[str, object
         recover(fresh(), problem(), epochs=3, state=tmp_path / "run", **recipe)
 
 
+class Noisy(TensorDataset):
+    """Every reading of an image draws anew."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        image, label = super().__getitem__(index)
+        return image + 0.1 * torch.randn_like(image), label
+
+
+@pytest.mark.parametrize("lives_on", [False, True], ids=["workers_of_an_epoch", "workers_that_live_on"])
+def test_a_run_with_loader_workers_resumes_to_the_same_weights(lives_on: bool, tmp_path: Path) -> None:
+    """Workers draw by the chance that they were started with: an uninterrupted run must start them anew as well."""
+    noisy = Noisy(*problem(16).dataset[:])
+    data = DataLoader(noisy, 8, shuffle=True, num_workers=1, persistent_workers=lives_on)
+    whole, broken, again = fresh(), fresh(), fresh()
+    recover(whole, data, epochs=2)
+    with pytest.raises(Interrupted):
+        recover(broken, data, epochs=2, state=tmp_path / "run", on_step=stop)
+    recover(again, data, epochs=2, state=tmp_path / "run")
+    assert torch.equal(weights(again), weights(whole))
+
+
 def test_accumulating_batches_is_one_larger_batch() -> None:
     images, labels = random_images(SPEC, 16), torch.arange(16) % 7
     split = [(images[i : i + 4], labels[i : i + 4]) for i in range(0, 16, 4)]
