@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _show import table
 from _works import Work, blocks_of, cost, floor_ms, goals
 from rich.console import Console
 from rich.table import Table
@@ -127,9 +128,6 @@ def _rounded(value: Any) -> Any:
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     """A line a shape and batch: how prunevit stands beside its goals."""
-    table = Table(title=f"{rows[0]['op']}: {rows[0]['peak_tflops']} TFLOP/s, {rows[0]['peak_gb_s']} GB/s measured")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("shape", "best peer") else "right")
 
     def times(value: float | None) -> str:
         return "–" if value is None else f"{value:.2f} ×"
@@ -137,24 +135,23 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     def share(value: float | None) -> str:
         return "–" if value is None else f"{value:.0%}"
 
+    lines = []
     for row in (row for row in rows if row["impl"] == "prunevit"):
         same = (r for r in rows if (r["shape"], r["batch"]) == (row["shape"], row["batch"]))
         best = next((r["us_p50"] for r in same if r["impl"] == row.get("best_peer")), None)
-        table.add_row(
+        lines.append((
             row["shape"], str(row["batch"]), row.get("best_peer", "–"), f"{row['us_p50']:.1f}",
             "–" if best is None else f"{best:.1f}", times(row.get("ratio_to_best_peer")), times(row.get("goal_ratio")),
             share(row["fraction_of_floor"]), share(row.get("goal_fraction_of_floor")),
             times(row.get("pruned_over_dense")), times(row.get("macs_ratio")),
-        )  # fmt: skip
-    return table
+        ))  # fmt: skip
+    title = f"{rows[0]['op']}: {rows[0]['peak_tflops']} TFLOP/s, {rows[0]['peak_gb_s']} GB/s measured"
+    return table(title, COLUMNS, lines)
 
 
 def kernels_of(rows: list[dict[str, Any]]) -> Table:
     """A line a shape and batch of fused_mlp: what each kernel of ours takes, and which was chosen."""
-    table = Table(title="fused_mlp, our kernels, µs: the fastest, and what was chosen")
-    names = [impl for impl in IMPLS["fused_mlp"] if impl.startswith("prunevit:")]
-    for column in ("shape", "E", "F", "batch", *(name.removeprefix("prunevit:") for name in names), "chosen", "× best"):
-        table.add_column(column, justify="left" if column in ("shape", "chosen") else "right")
+    names, lines = [impl for impl in IMPLS["fused_mlp"] if impl.startswith("prunevit:")], []
     for row in (row for row in rows if row["impl"] == "prunevit"):
         same = {r["impl"]: r for r in rows if (r["shape"], r["batch"]) == (row["shape"], row["batch"])}
         times = {name: same[name]["us_p50"] for name in names if name in same}
@@ -162,8 +159,10 @@ def kernels_of(rows: list[dict[str, Any]]) -> Table:
         cells = ["–" if name not in times else f"{times[name]:.1f}{'*' * (times[name] == best)}" for name in names]
         ratio = "–" if best is None else f"{row['us_p50'] / best:.2f}"
         facts = (row["shape"], str(row["e"]), str(row["f"]), str(row["batch"]))
-        table.add_row(*facts, *cells, row["kernel"] or "–", ratio)
-    return table
+        lines.append((*facts, *cells, row["kernel"] or "–", ratio))
+    kernels = (name.removeprefix("prunevit:") for name in names)
+    columns = ("shape", "E", "F", "batch", *kernels, "chosen", "× best")
+    return table("fused_mlp, our kernels, µs: the fastest, and what was chosen", columns, lines)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-FLUSH_LEFT = ("shape", "block", "best peer", "step", "bound by", "kernel")
+FLUSH_LEFT = ("shape", "block", "best peer", "step", "bound by", "kernel", "chosen")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
