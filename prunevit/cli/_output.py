@@ -144,6 +144,13 @@ def expect_writable(path: Path | None, option: str) -> None:
         raise typer.BadParameter(f"expected a file in a folder that is there, got {path}: {what}", param_hint=option)
 
 
+def expect_picture(path: Path | None, option: str) -> None:
+    """Refuse what matplotlib would not draw into, likewise."""
+    if path is not None and path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"expected a file that ends in .png, .svg or .pdf, got {path}", param_hint=option)
+    expect_writable(path, option)
+
+
 def si(count: float, unit: str = "") -> str:
     """2_037_000_000 as "2.04 G"."""
     for prefix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._output import Json, expect_writable, percent, reporting, si, table
+from ._output import Json, expect_picture, percent, reporting, si, table
 
 if TYPE_CHECKING:
     from ..spec import ViTSpec
@@ -21,10 +21,7 @@ Plot = Annotated[Path | None, typer.Option(help="Draw the shape into this file (
 
 def command(model: Model, plot: Plot = None, as_json: Json = False) -> None:
     """Show the heads, widths, parameters and MACs of each block; draw them with --plot."""
-    suffixes = (".png", ".svg", ".pdf")
-    if plot is not None and plot.suffix.lower() not in suffixes:
-        raise typer.BadParameter(f"expected a file that ends in {', '.join(suffixes)}, got {plot}", param_hint="--plot")
-    expect_writable(plot, "--plot")
+    expect_picture(plot, "--plot")
     with reporting(as_json) as output:
         from ._models import spec_of
 

@@ -10,7 +10,7 @@ import typer
 from ._budgets import KINDS, constraints_of, methods_of
 from ._models import expect_there
 from ._options import Backend, BatchSize, Device, MaybeData, Out, Pretrained, Seed, Workers, pairs, words
-from ._output import Json, expect_writable, reporting
+from ._output import Json, expect_picture, reporting
 
 BUDGET, UNITS, DEPLOYMENT, TRAINING, SEARCH = (
     *("Budget: what may remain", "What may go", "Where it will run, for --latency and --memory"),
@@ -178,9 +178,7 @@ def command(
     if not constraints and pruning_ratio is None and ratios is None and shape is None:
         what = "expected a budget: --macs, --params, --latency, --memory, --pruning-ratio, --ratios or --shape"
         raise typer.BadParameter(what, param_hint="--macs")
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise typer.BadParameter(f"expected a file that ends in .png, .svg or .pdf, got {plot}", param_hint="--plot")
-    expect_writable(plot, "--plot")
+    expect_picture(plot, "--plot")
     asked: dict[str, Any] = {
         "pruning_ratio": pruning_ratio,
         "groups": words(groups),

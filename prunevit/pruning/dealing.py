@@ -40,7 +40,6 @@ class Dealer:
         _seed_all(data, seed, epoch, 0)
         if self.sampled:
             data.sampler.set_epoch(epoch)
-        if self.sampled:
             return iter(data)
         if not _by_index(data) or (self.world == 1 and not data.persistent_workers):
             return self._own(data)

@@ -49,6 +49,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         for name in ("epochs", "accumulate", "lr", "temperature"):
             expect(getattr(self, name) > 0, PruningError, f"{name} above 0", got=getattr(self, name))
         for name in ("alpha", "smoothing"):
@@ -61,7 +62,6 @@ class Recipe:
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(options) - set(known))
         expect(not unknown, PruningError, f"options of recover out of {', '.join(known)}", got=", ".join(unknown))
-        check_types(cls, options)
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
