@@ -44,11 +44,13 @@ def wanted() -> bool:
 
 
 def gencodes(archs: list[str]) -> list[str]:
-    """Machine code for each; the first also as PTX, which the driver compiles for GPUs newer than all of them."""
+    """Machine code for each, and one as PTX: the driver compiles a plain one for GPUs newer than all of them.
+
+    What is for 90a alone carries its PTX too, for tests: a machine of theirs runs what is shipped.
+    """
     codes = {arch: f"sm_{arch}" for arch in archs}
-    plain = next((arch for arch in archs if arch.isdigit()), None)
-    if plain is not None:
-        codes[plain] = f"[sm_{plain},compute_{plain}]"
+    whole = next((arch for arch in archs if arch.isdigit()), archs[0])
+    codes[whole] = f"[sm_{whole},compute_{whole}]"
     return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes.items()]
 
 
@@ -96,11 +98,19 @@ def compile_objects(folder: Path = OBJECTS) -> list[Path]:
         return list(threads.map(compile_one, sources))
 
 
-def build(target: Path, includes: list[str]) -> None:
-    """The extension, at ``target``. ``includes`` are Python's and pybind11's headers."""
-    objects = compile_objects()
+def compile_bindings(includes: list[str]) -> Path:
+    """The one object that names Python."""
     wgmma = ["-DPRUNEVIT_WGMMA"] if "90a" in architectures() else []
     command = [*nvcc_command(), *wgmma, *(f"-I{path}" for path in includes)]
-    bindings = compile_once(command, BINDINGS, OBJECTS / "bindings.o", list(SOURCES.glob("*.h")))
+    return compile_once(command, BINDINGS, OBJECTS / "bindings.o", list(SOURCES.glob("*.h")))
+
+
+def link(target: Path, objects: list[Path], *options: str) -> None:
+    """One shared library of the objects, with CUDA's static runtime unless ``options`` say otherwise."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    run([*nvcc_command(), "-shared", "-cudart", "static", "-o", str(target), str(bindings), *map(str, objects)])
+    run([*nvcc_command(), "-shared", *(options or ("-cudart", "static")), "-o", str(target), *map(str, objects)])
+
+
+def build(target: Path, includes: list[str]) -> None:
+    """The extension, at ``target``. ``includes`` are Python's and pybind11's headers."""
+    link(target, [compile_bindings(includes), *compile_objects()])

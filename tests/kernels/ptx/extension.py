@@ -1,0 +1,102 @@
+"""The CUDA extension as built, its launches caught and run by the machine: objects, bindings, PTX, nothing replaced
+but CUDA's runtime library."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sysconfig
+from collections import Counter
+from collections.abc import Callable
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pybind11
+import triton
+from torch import Tensor
+
+import setup_cuda
+from prunevit_kernels import FusedMlp
+from prunevit_kernels._aot import stand_in_target
+from prunevit_kernels.fused_mlp._cuda import CudaMlp
+from tests.kernels.cuda.emulation import Gpu
+
+from .launch import TOGETHER, module_of, run
+from .machine import Timing
+from .memory import DeviceMemory
+
+HERE = Path(__file__).parent
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_LAUNCHED = ctypes.CFUNCTYPE(
+    None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_void_p, ctypes.c_size_t
+)
+
+
+def link(folder: Path) -> Path:
+    """The extension's objects and the stand-in for the runtime, as one library."""
+    runtime, target = folder / "runtime.o", folder / "_cuda.so"
+    subprocess.run(["g++", "-O1", "-fPIC", "-c", str(HERE / "runtime.cpp"), "-o", str(runtime)], check=True)
+    bindings = setup_cuda.compile_bindings([pybind11.get_include(), sysconfig.get_path("include")])
+    # symbolic: PyTorch may have loaded the real runtime, whose names would win
+    options = ("-cudart", "none", "-Xlinker", "-Bsymbolic")
+    setup_cuda.link(target, [bindings, *setup_cuda.compile_objects(), runtime], *options)
+    return target
+
+
+def ptx_of() -> dict[str, str]:
+    """Each kernel's PTX, as its object carries it, by the kernel's mangled name."""
+    dumps = [setup_cuda.run([str(CUOBJDUMP), "-ptx", str(built)]) for built in setup_cuda.compile_objects()]
+    texts = [f".version{text}" for dump in dumps for text in dump.split(".version")[1:]]
+    return {name: text for text in texts for name in module_of(text).kernels}
+
+
+class EmulatedExtension:
+    """The extension on a GPU that is this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        path = link(folder)
+        loader = ExtensionFileLoader("prunevit_kernels._cuda", str(path))
+        spec = spec_from_file_location("prunevit_kernels._cuda", path, loader=loader)
+        assert spec is not None
+        self.module: ModuleType = module_from_spec(spec)
+        loader.exec_module(self.module)
+        self.library = ctypes.CDLL(str(path))
+        self.ptx = ptx_of()
+
+    def run(
+        self, op: FusedMlp, x: Tensor, kernel: str | None, gpu: Gpu, timing: Timing = TOGETHER
+    ) -> tuple[Any, Counter[str]]:
+        """Pack, bind and launch op on x; the plan that ran, and how many instructions of each kind."""
+        failures: list[BaseException] = []
+        executed: Counter[str] = Counter()
+        memory = DeviceMemory()
+
+        def launched(name: bytes, grid: Any, threads: int, arguments: int, shared_bytes: int) -> None:
+            text = self.ptx[name.decode()]
+            size = module_of(text).kernels[name.decode()].param_bytes
+            given = ctypes.string_at(arguments, size)
+            try:
+                executed.update(
+                    run(
+                        text, name.decode(), [given], memory, grid=tuple(grid[:3]), threads=threads,
+                        shared_bytes=shared_bytes, timing=timing,
+                    )
+                )  # fmt: skip
+            except BaseException as failure:  # C++ is between us and whoever should see it
+                failures.append(failure)
+
+        callback: Callable[..., None] = _LAUNCHED(launched)
+        self.library.emulate_gpu(gpu.sm, gpu.multiprocessors, gpu.shared_limit, callback)
+        mlp = CudaMlp(self.module, op, stand_in_target(x.dtype))
+        plan = mlp._planned(x, kernel)
+        bound, _, (weights, _, workspace) = mlp._bound(x, plan).args
+        for name, tensor in {**weights.buffers(), "x": x, "workspace": workspace}.items():
+            if tensor is not None:
+                memory.add(name, tensor)
+        bound.launch(0)
+        if failures:
+            raise failures[0]
+        return plan, executed

@@ -1,0 +1,75 @@
+// A stand-in for CUDA's runtime library, to link the extension's own objects with: every launch goes to a function
+// that Python sets. Nothing of CUDA is needed to build it.
+#include <cstddef>
+#include <map>
+#include <string>
+
+namespace {
+
+struct Dim3 {
+    unsigned x, y, z;
+};
+
+using Launched = void (*)(const char* kernel, const unsigned* grid, unsigned threads, const void* arguments,
+                          size_t shared_bytes);
+
+// By the host's stand-in for each. Objects register theirs before this file's own globals are made.
+std::map<const void*, std::string>& kernels() {
+    static std::map<const void*, std::string> known;
+    return known;
+}
+
+Launched launched = nullptr;
+int multiprocessors = 132, capability = 90, shared_limit = 227 * 1024;
+
+constexpr int kSuccess = 0, kInvalidValue = 1, kNotReady = 600;
+constexpr int kMaxSharedPerBlockOptin = 97, kMultiProcessorCount = 16, kMajor = 75, kMinor = 76;  // cudaDeviceAttr
+
+}  // namespace
+
+extern "C" {
+
+void emulate_gpu(int sm, int count, int shared, Launched function) {
+    capability = sm, multiprocessors = count, shared_limit = shared, launched = function;
+}
+
+void** __cudaRegisterFatBinary(void*) {
+    static void* handle;
+    return &handle;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
+    kernels()[host] = name;
+}
+// what <<<>>> would call; the extension has none
+int __cudaGetKernel(void**, const void*) { return kNotReady; }
+int __cudaLaunchKernel(void*, Dim3, Dim3, void**, size_t, void*) { return kNotReady; }
+int __cudaPopCallConfiguration(Dim3*, Dim3*, size_t*, void*) { return kNotReady; }
+
+int cudaGetDevice(int* device) { return *device = 0, kSuccess; }
+int cudaSetDevice(int) { return kSuccess; }
+int cudaDeviceGetAttribute(int* value, int which, int) {
+    switch (which) {
+        case kMajor: *value = capability / 10; return kSuccess;
+        case kMinor: *value = capability % 10; return kSuccess;
+        case kMultiProcessorCount: *value = multiprocessors; return kSuccess;
+        case kMaxSharedPerBlockOptin: *value = shared_limit; return kSuccess;
+        default: return kInvalidValue;
+    }
+}
+int cudaFuncSetAttribute(const void* kernel, int, int bytes) {
+    return kernels().count(kernel) == 1 && bytes <= shared_limit ? kSuccess : kInvalidValue;
+}
+int cudaLaunchKernel(const void* kernel, Dim3 grid, Dim3 block, void** arguments, size_t shared_bytes, void*) {
+    const auto found = kernels().find(kernel);
+    if (found == kernels().end() || launched == nullptr || shared_bytes > static_cast<size_t>(shared_limit)) {
+        return kInvalidValue;
+    }
+    const unsigned blocks[] = {grid.x, grid.y, grid.z};
+    launched(found->second.c_str(), blocks, block.x * block.y * block.z, arguments[0], shared_bytes);
+    return kSuccess;
+}
+const char* cudaGetErrorName(int) { return "emulated"; }
+const char* cudaGetErrorString(int) { return "an error of the stand-in for CUDA's runtime"; }
+}

@@ -1,0 +1,85 @@
+"""The CUDA extension as built and linked, on a machine in place of a GPU: Python, bindings, launches and PTX.
+
+The emulator of tests/kernels/cuda runs the sources with stand-ins for the instructions that C++ has no name for. Here
+nothing is replaced but CUDA's runtime library, and wgmma's descriptors mean what they mean in Triton's kernels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import setup_cuda
+from prunevit_kernels import FusedMlp
+from prunevit_kernels._configs import CUDA_MLP_KERNELS as KERNELS
+from tests.kernels.cuda.emulation import H100, ONE_SM, RTX_4090, Gpu, draw
+from tests.kernels.cuda.rules import assert_right
+from tests.kernels.half_precision import rounded, same_bits
+
+from .extension import EmulatedExtension
+from .launch import TOGETHER
+from .machine import Timing
+
+GUARD = 40
+ADVERSE = Timing(late=True, order=3)
+
+
+@pytest.fixture(scope="module")
+def extension(tmp_path_factory: pytest.TempPathFactory) -> EmulatedExtension:
+    if setup_cuda.find_nvcc() is None:
+        pytest.skip("no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda: there is no PTX to run")
+    return EmulatedExtension(tmp_path_factory.mktemp("extension"))
+
+
+def check(
+    extension: EmulatedExtension, op: FusedMlp, rows: int, kernel: str | None, gpu: Gpu,
+    timing: Timing = ADVERSE, dtype: torch.dtype = torch.bfloat16, pitch: int | None = None,
+) -> str:  # fmt: skip
+    """Run op between guard bands of NaN and hold it to the rules. Returns the kernel that ran."""
+    op = rounded(op, dtype)
+    pitch = pitch or -(-op.embed_dim // 8) * 8 + 8
+    generator = torch.Generator().manual_seed(rows)
+    values = (torch.randn(rows, op.embed_dim, generator=generator, dtype=torch.float64) + 3).to(dtype)
+    storage = torch.full((GUARD + rows * pitch + GUARD,), math.nan, dtype=dtype)
+    x = storage.as_strided((1, rows, op.embed_dim), (rows * pitch, pitch, 1), GUARD)
+    x[0] = values
+    plan, executed = extension.run(op, x, kernel, gpu, timing)
+    assert executed
+    assert_right(x[0].clone(), op, values)
+    x[0] = values
+    untouched = torch.full_like(storage, math.nan)
+    untouched.as_strided(x.shape, x.stride(), GUARD)[0] = values
+    assert same_bits(storage, untouched), "wrote between or beside the rows"
+    return str(plan.kernel)
+
+
+@pytest.mark.parametrize("timing", [TOGETHER, ADVERSE], ids=["together", "adverse"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel(extension: EmulatedExtension, kernel: str, timing: Timing) -> None:
+    """snp_deit_tiny.block11 on three SMs: few row tiles, so that `split` and the GEMMs divide the hidden width."""
+    assert check(extension, draw(153, 383), 40, kernel, Gpu(90, 3, H100.shared_limit), timing) == kernel
+
+
+@pytest.mark.parametrize("kernel", ["wgmma", "wgmma_gemms"])
+@pytest.mark.parametrize(("embed", "hidden"), [(345, 307), (384, 77), (192, 1)])
+def test_hopper_kernels_at_other_widths(extension: EmulatedExtension, kernel: str, embed: int, hidden: int) -> None:
+    check(extension, draw(embed, hidden, gamma=True, act="gelu_tanh"), 20, kernel, ONE_SM)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_lists_of_channels_and_rows_of_any_pitch(extension: EmulatedExtension, kernel: str) -> None:
+    op = draw(45, 33, reads=tuple(range(0, 45, 2)), writes=tuple(range(44, 0, -3)), act="quick_gelu")
+    check(extension, op, 9, kernel, ONE_SM, dtype=torch.float16, pitch=51)
+
+
+@pytest.mark.parametrize("gpu", [H100, RTX_4090], ids=["H100", "RTX 4090"])
+def test_the_kernel_that_the_table_chooses(extension: EmulatedExtension, gpu: Gpu) -> None:
+    check(extension, draw(307, 100), 33, None, gpu, dtype=torch.float16)
+
+
+def test_a_second_row_tile(extension: EmulatedExtension) -> None:
+    """Past 128 rows the next block begins, and its rows end within a tile."""
+    for kernel in ("wgmma", "wgmma_gemms"):
+        check(extension, draw(64, 96, act="relu"), 140, kernel, ONE_SM)

@@ -1,0 +1,38 @@
+"""The Triton kernels as compiled for sm_80 and sm_90, in bf16, run instruction by instruction.
+
+Triton's interpreter runs the source, and knows no bf16 products. Here the compiler's output runs: asynchronous copies,
+swizzled layouts, mma.sync, wgmma and its descriptors, with warps in a drawn order and copies as late as they may be.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from prunevit_kernels._aot import compiling_for
+from prunevit_kernels._launch import Call
+from tests.kernels.half_precision import check
+from tests.kernels.half_precision_cases import EVERY_CASE, named
+
+from .launch import run_triton
+from .machine import Timing
+from .memory import DeviceMemory
+
+ADVERSE = Timing(late=True, order=7)
+# what has tensor cores or shared memory differs between the two; one of each such kind on the older one
+ON_SM_80 = [
+    "ragged_attention.mixed_up_to_64", "ragged_attention.tails_of_32_and_16", "ragged_attention.one_query",
+    "norm_linear.width_89_to_35", "linear_residual.width_40_from_89", "fused_mlp.reads_and_writes_some",
+    "patch_embed.patch_14", "token_scores.class_token", "select_tokens.longer_than_a_tile",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"), [*((90, name) for name in EVERY_CASE), *((80, name) for name in ON_SM_80)]
+)
+def test_compiled_kernel(capability: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Call, "load", lambda call: partial(run_triton, call, DeviceMemory(), ADVERSE))
+    with compiling_for(capability, torch.bfloat16) as target:
+        check(named(name), target)

@@ -1,0 +1,211 @@
+"""Loads, stores and copies."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .machine import Array, Block, Copy, Operation, in_window, translates, vector
+from .memory import PARAM_WINDOW, SHARED_WINDOW, Fault, aligned
+from .parse import Instruction, size_of
+
+SPACES = {"global", "shared", "shared:cta", "param", "const", "local"}
+
+
+def _space(given: Instruction) -> str:
+    found = SPACES & set(given.parts)
+    return next(iter(found)).split(":")[0] if found else "generic"
+
+
+def _count(given: Instruction) -> int:
+    return next((int(part[1:]) for part in given.parts if part in ("v2", "v4", "v8")), 1)
+
+
+def _where(space: str, at: Array) -> tuple[str, Array]:
+    """A generic address is of the space whose window it lies in."""
+    if space == "generic":
+        space = in_window(at)
+        at = at - np.uint64({"shared": SHARED_WINDOW}.get(space, 0))
+    return space, at
+
+
+@translates("ld", "ldu")
+def _load(block: Block, given: Instruction) -> Operation:
+    space, count, kind = _space(given), _count(given), given.parts[-1]
+    size = size_of(kind)
+    dtype = f"{'i' if kind[0] == 's' else 'u'}{size}"
+    targets = [block.target(o) for o in (vector(given.operands[0]))]
+    address = block.address(given.operands[1])
+    params = np.frombuffer(block.params + bytes(8), np.uint8)
+
+    def load(block: Block, lanes: Array) -> None:
+        here, at = _where(space, address(lanes))
+        aligned(at, size * count)
+        for i, to in enumerate(targets):
+            each = at + np.uint64(i * size)
+            if here == "param":
+                offsets = (each - np.uint64(PARAM_WINDOW)).astype(np.int64)
+                to(lanes, params[offsets[:, None] + np.arange(size)].view(dtype)[:, 0])
+            elif here == "shared":
+                to(lanes, block.shared.read(each, dtype))
+            elif here == "global":
+                to(lanes, block.memory.read(each, dtype))
+            else:
+                raise Fault(f"{here} memory is not known here")
+
+    return load
+
+
+@translates("st")
+def _store(block: Block, given: Instruction) -> Operation:
+    space, count, size = _space(given), _count(given), size_of(given.parts[-1])
+    address = block.address(given.operands[0])
+    sources = [block.source(o, f"u{8 * size}") for o in vector(given.operands[1])]
+
+    def store(block: Block, lanes: Array) -> None:
+        here, at = _where(space, address(lanes))
+        aligned(at, size * count)
+        for i, value in enumerate(sources):
+            each = at + np.uint64(i * size)
+            if here == "shared":
+                block.shared.write(each, value(lanes), lanes)
+            elif here == "global":
+                block.memory.write(each, value(lanes))
+            else:
+                raise Fault(f"stores to {here} memory are not known here")
+
+    return store
+
+
+@translates("prefetch")
+def _prefetch(block: Block, given: Instruction) -> Operation:
+    """A hint; but an address that is no one's is a mistake."""
+    address = block.address(given.operands[0])
+
+    def prefetch(block: Block, lanes: Array) -> None:
+        for at in address(lanes):
+            block.memory.at(int(at))
+
+    return prefetch
+
+
+@translates("cp")
+def _copy(block: Block, given: Instruction) -> Operation:
+    if "bulk" in given.parts:
+        return _bulk_copy(block, given)
+    if "commit_group" in given.parts:
+        return _commit_copies
+    if "wait_group" in given.parts or "wait_all" in given.parts:
+        pending = int(given.operands[0]) if given.operands else 0
+        everything = "wait_all" in given.parts
+        return lambda block, lanes: _wait_copies(block, lanes, pending, everything)
+    to, source = block.address(given.operands[0]), block.address(given.operands[1])
+    size = int(given.operands[2], 0)
+    # what lies past the fourth operand's bytes is written as zeros
+    take = block.source(given.operands[3] if len(given.operands) > 3 else str(size), "u32")
+
+    def copy(block: Block, lanes: Array) -> None:
+        taken = {
+            thread: (at, start, length)
+            for thread, at, start, length in zip(lanes.tolist(), to(lanes), source(lanes), take(lanes).tolist())
+        }
+        aligned(np.array([at for at, _, _ in taken.values()]), size)
+        aligned(np.array([start for _, start, length in taken.values() if length], np.uint64), size)
+
+        def land(threads: Array) -> None:
+            for thread in threads.tolist():
+                at, start, length = taken[thread]
+                data = np.zeros(size, np.uint8)
+                if length:
+                    data[:length] = block.memory.read(start + np.arange(length, dtype=np.uint64), "u1")
+                (offset,) = block.shared.offsets(np.array([at]), size)
+                block.shared.data[offset : offset + size] = data
+
+        if block.timing.late:
+            block.copies.append(Copy(lanes.copy(), block.copy_groups[lanes], land))
+        else:
+            land(lanes)
+
+    return copy
+
+
+def _commit_copies(block: Block, lanes: Array) -> None:
+    block.copy_groups[lanes] += 1
+
+
+def _wait_copies(block: Block, lanes: Array, pending: int, everything: bool) -> None:
+    left = []
+    for copy in block.copies:
+        done = np.isin(copy.threads, lanes)
+        if not everything:
+            done &= copy.group < block.copy_groups[copy.threads] - pending
+        copy.land(copy.threads[done])
+        copy.threads, copy.group = copy.threads[~done], copy.group[~done]
+        if len(copy.threads):
+            left.append(copy)
+    block.copies = left
+
+
+def _bulk_copy(block: Block, given: Instruction) -> Operation:
+    """cp.async.bulk from device to shared memory: its barrier counts the bytes as they land."""
+    if "mbarrier:complete_tx:bytes" not in given.parts or "global" not in given.parts:
+        raise Fault(f"a bulk copy that this machine does not know: {given.text}")
+    to, source, barrier = (block.address(given.operands[i]) for i in (0, 1, 3))
+    length = block.source(given.operands[2], "u32")
+
+    def copy(block: Block, lanes: Array) -> None:
+        for at, start, size, key in zip(to(lanes), source(lanes), length(lanes).tolist(), barrier(lanes).tolist()):
+            if at % 16 or start % 16 or size % 16 or not size:
+                raise Fault(f"a bulk copy of {size} bytes from {start:#x} to {at:#x}: all are multiples of 16")
+
+            def land(at: int = int(at), start: int = int(start), size: int = size, key: int = key) -> None:
+                block.shared.write_async(
+                    at, block.memory.read(np.uint64(start) + np.arange(size, dtype=np.uint64), "u1")
+                )
+                block.barriers[key].bytes -= size
+                block.barriers[key].settle()
+
+            if block.timing.late:
+                block.bulk.append((key, land))
+            else:
+                land()
+
+    return copy
+
+
+def _matrices(given: Instruction) -> int:
+    return int(next(part[1:] for part in given.parts if part in ("x1", "x2", "x4")))
+
+
+@translates("ldmatrix", "stmatrix")
+def _matrix(block: Block, given: Instruction) -> Operation:
+    """8 × 8 matrices of 16 bits: thread 8 i + r of a warp has the address of row r of matrix i."""
+    loads, count, transposed = given.parts[0] == "ldmatrix", _matrices(given), "trans" in given.parts
+    listed, at = given.operands if loads else given.operands[::-1]
+    address, names = block.address(at), vector(listed)
+    targets = [block.target(name) for name in names] if loads else []
+    sources = [] if loads else [block.source(name, "u32") for name in names]
+    lane = np.arange(32)
+    row, column = (lane % 4 * 2, lane // 4) if transposed else (lane // 4, lane % 4 * 2)
+
+    def cells(addresses: Array, i: int) -> Array:
+        """Byte addresses of the two values that each thread holds of matrix i: [warps, 32, 2]."""
+        starts = addresses.reshape(-1, 32)[:, 8 * i : 8 * i + 8]
+        pair = np.arange(2)
+        rows, columns = (row[:, None] + pair, column[:, None] + 0 * pair) if transposed else (
+            row[:, None] + 0 * pair, column[:, None] + pair)  # fmt: skip
+        return starts[:, rows] + (2 * columns).astype(np.uint64)
+
+    def move(block: Block, lanes: Array) -> None:
+        block.warps(lanes)
+        addresses = address(lanes)
+        aligned(addresses.reshape(-1, 32)[:, : 8 * count], 16)
+        for i in range(count):
+            at = cells(addresses, i)
+            if loads:
+                halves = block.shared.read(at.ravel(), "u2").reshape(-1, 2)
+                targets[i](lanes, np.ascontiguousarray(halves).view(np.uint32)[:, 0])
+            else:
+                halves = np.ascontiguousarray(sources[i](lanes)).view(np.uint16)
+                block.shared.write(at.ravel(), halves, np.repeat(lanes, 2))
+
+    return move
