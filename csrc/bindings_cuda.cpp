@@ -125,9 +125,9 @@ public:
         a.wide = pitch % 8 == 0 && x_address % 16 == 0;
         a.w1 = pointer<unsigned char>(weights.w1, shape.chunks() * w1_chunk_bytes(shape), 16, "packed fc1 weights");
         a.w2 = pointer<unsigned char>(weights.w2, shape.chunks() * w2_chunk_bytes(shape), 16, "packed fc2 weights");
-        a.b1 = pointer<float>(weights.b1, int64_t{shape.chunks()} * kChunk * 4, 4, "fc1's bias");
-        a.b2 = pointer<float>(weights.b2, int64_t{shape.out_padded()} * 4, 4, "fc2's bias");
-        a.gamma = pointer<float>(weights.gamma, int64_t{shape.out_padded()} * 4, 4, "gamma");
+        a.b1 = pointer<float>(weights.b1, int64_t{shape.chunks()} * kChunk * 4, 16, "fc1's bias");
+        a.b2 = pointer<float>(weights.b2, int64_t{shape.out_padded()} * 4, 16, "fc2's bias");
+        a.gamma = pointer<float>(weights.gamma, int64_t{shape.out_padded()} * 4, 16, "gamma");
         expect(weights.reads || shape.in == shape.embed, "a list of reads where K < E");
         expect(weights.writes || shape.out == shape.embed, "a list of writes where N < E");
         if (weights.reads) a.reads = pointer<int>(*weights.reads, int64_t{shape.in} * 4, 4, "reads");

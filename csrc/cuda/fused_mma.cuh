@@ -5,7 +5,7 @@
 // fc1's next chunk is copied while fc2 multiplies, and the other way round.
 #pragma once
 
-#include "pieces.cuh"
+#include "rows.cuh"
 
 namespace prunevit::mlp {
 
@@ -34,9 +34,11 @@ __global__ void __launch_bounds__(kThreads, MT * NU <= 6 ? 2 : 1) fused_mma(cons
         commit_copies();
     };
 
+    const RowTile rows{row0, kRows, shared, thread, kThreads};
+    fetch_rows(a, rows);
     copy_w1(chunks.begin);
     copy_w2(chunks.begin);
-    normalise_tile<D>(a, row0, kRows, shared, kRows, thread, kThreads);
+    normalise_rows<D, 2>(a, rows);
 
     float sums[MT][2 * NU][4] = {};
     for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
@@ -114,11 +116,12 @@ __global__ void __launch_bounds__(kThreads) reduce_splits(const __grid_constant_
     if (row >= a.shape.rows) return;
     float v[8] = {};
     for (int split = 0; split < a.splits; ++split) {
-        const float* from = a.partial + (int64_t{split} * a.shape.rows + row) * a.shape.out_padded() + n;
+        float part[8];
+        load_eight(a.partial + (int64_t{split} * a.shape.rows + row) * a.shape.out_padded() + n, part);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) v[j] += from[j];
+        for (int j = 0; j < 8; ++j) v[j] += part[j];
     }
-    add_residual<D>(a, row, n, v);
+    add_residual<D>(a, row, n, load_piece(a, row, n, a.writes, a.shape.out), v);
 }
 
 }  // namespace prunevit::mlp

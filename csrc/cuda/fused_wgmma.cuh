@@ -6,7 +6,7 @@
 // apart as far as the ring allows, so that one's activations overlap the other's products.
 #pragma once
 
-#include "pieces.cuh"
+#include "rows.cuh"
 #include "ring.cuh"
 #include "wgmma.cuh"
 
@@ -23,28 +23,26 @@ PRUNEVIT_DEVICE void feed(const Arguments& a, const Ring& ring) {
     }
 }
 
-// hidden = x tile · rows of W1ᵀ. The two tiles have panels of the same size, hence the same steps.
+// hidden += x tile · rows of W1ᵀ. The two tiles have panels of the same size, hence the same steps.
 template <Dtype D, int Count>
 PRUNEVIT_DEVICE void start_fc1(float (&hidden)[Count], uint32_t x_tile, uint32_t weights, int steps) {
+    const uint64_t rows = tile_descriptor(x_tile), columns = tile_descriptor(weights);
     products_begin();
     for (int k = 0; k < steps; ++k) {
-        const uint32_t step = k / 4 * kChunk * kRowBytes + k % 4 * kUnit * 2;
-        multiply_shared<D, 2 * Count>(hidden, tile_descriptor(x_tile + step), tile_descriptor(weights + step), k > 0);
+        const int step = descriptor_step(k / 4 * kChunk * kRowBytes + k % 4 * kUnit * 2);
+        multiply_shared<D, 2 * Count>(hidden, rows + step, columns + step, true);
     }
     products_commit();
 }
 
 // Sixteen hidden columns at a time: two n-tiles of fc1's accumulators are one k-step of fc2's A.
 template <Dtype D, int Count>
-PRUNEVIT_DEVICE void activate_hidden(float (&hidden)[Count], uint32_t (&fragments)[Count / 8][4], const float* b1,
-                                     Act act, int lane) {
+PRUNEVIT_DEVICE void activate_hidden(float (&hidden)[Count], uint32_t (&fragments)[Count / 8][4], Act act) {
 #pragma unroll
     for (int k = 0; k < Count / 8; ++k) {
         float v[8];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            v[i] = hidden[k * 8 + i] + b1[k * kUnit + i / 4 * 8 + c_place(lane, i % 4).column];
-        }
+        for (int i = 0; i < 8; ++i) v[i] = hidden[k * 8 + i];
         activate(v, act);
 #pragma unroll
         for (int i = 0; i < 4; ++i) fragments[k][i] = narrow<D>(v[2 * i], v[2 * i + 1]);
@@ -55,11 +53,12 @@ PRUNEVIT_DEVICE void activate_hidden(float (&hidden)[Count], uint32_t (&fragment
 template <Dtype D, int Parts, int Half, int Steps>
 PRUNEVIT_DEVICE void start_fc2(float (&sums)[Parts][Half], const uint32_t (&fragments)[Steps][4], uint32_t weights,
                                int live) {
+    const uint64_t columns = tile_descriptor(weights);
     const auto step = [&](int k) {
 #pragma unroll
         for (int part = 0; part < Parts; ++part) {
-            const uint32_t at = weights + part * 2 * Half * kRowBytes + k * kUnit * 2;
-            multiply_wide<D, 2 * Half>(sums[part], fragments[k], tile_descriptor(at));
+            const int along = descriptor_step(part * 2 * Half * kRowBytes + k * kUnit * 2);
+            multiply_wide<D, 2 * Half>(sums[part], fragments[k], columns + along);
         }
     };
     products_begin();
@@ -82,6 +81,8 @@ PRUNEVIT_DEVICE void multiply_ahead(float (&sums)[Parts][Half], const Arguments&
     const int steps = a.shape.in_steps(), chunks = a.shape.chunks();
     float hidden[kChunk / 2];
     uint32_t fragments[kChunk / kUnit][4];
+    begin_with(hidden, a.b1, lane);
+    pin(hidden);
     barrier_wait(ring.full(0), ring.parity(0));
     start_fc1<D>(hidden, x_tile, ring.slot(0), steps);
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -89,7 +90,9 @@ PRUNEVIT_DEVICE void multiply_ahead(float (&sums)[Parts][Half], const Arguments&
         products_wait<0>();
         pin(hidden);
         if (lane == 0) barrier_arrive(ring.empty(fc1));
-        activate_hidden<D>(hidden, fragments, a.b1 + chunk * kChunk, a.act, lane);
+        activate_hidden<D>(hidden, fragments, a.act);
+        if (chunk + 1 < chunks) begin_with(hidden, a.b1 + (chunk + 1) * kChunk, lane);
+        pin(hidden);
         barrier_wait(ring.full(fc2), ring.parity(fc2));
         start_fc2<D>(sums, fragments, ring.slot(fc2), a.shape.chunk_units(chunk));
         if (chunk + 1 < chunks) {
@@ -117,10 +120,12 @@ PRUNEVIT_DEVICE void multiply_in_turn(float (&sums)[Parts][Half], const Argument
         for (int half = 0; half < 2 && half * kSteps < units; ++half) {
             float hidden[kColumns / 2];
             uint32_t fragments[kSteps][4];
+            begin_with(hidden, a.b1 + chunk * kChunk + half * kColumns, lane);
+            pin(hidden);
             start_fc1<D>(hidden, x_tile, ring.slot(fc1) + half * kColumns * kRowBytes, steps);
             products_wait<0>();
             pin(hidden);
-            activate_hidden<D>(hidden, fragments, a.b1 + chunk * kChunk + half * kColumns, a.act, lane);
+            activate_hidden<D>(hidden, fragments, a.act);
             if (half == 0) barrier_wait(ring.full(fc2), ring.parity(fc2));
             start_fc2<D>(sums, fragments, ring.slot(fc2) + half * kColumns * 2, units - half * kSteps);
             products_wait<0>();
@@ -158,7 +163,9 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) fused_wgmma(const __grid_con
     } else {
         take_registers<240>();
         const int own = group * 64 * a.shape.in_panels() * kRowBytes;
-        normalise_tile<D>(a, row0 + group * 64, 64, shared + own, 64, thread % 128, 128);
+        const RowTile rows{row0 + group * 64, 64, shared + own, thread % 128, 128};
+        fetch_rows(a, rows);
+        normalise_rows<D, 0>(a, rows);
         publish_to_async();
         meet(1 + group, 128);
 
@@ -172,21 +179,17 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) fused_wgmma(const __grid_con
         for (int part = 0; part < kParts; ++part) pin(sums[part]);
 
         meet(3, 256);  // both have read their last tile: its memory becomes the epilogue's
+        constexpr int kPitch = stage_pitch(Columns);
         float* const stage = reinterpret_cast<float*>(shared);
-        const int columns = a.shape.out_padded(), warp_row0 = group * 64 + thread % 128 / 32 * 16;
+        const Place first = c_place(lane, 0);
+        const int columns = a.shape.out_padded(), row = group * 64 + thread % 128 / 32 * 16 + first.row;
 #pragma unroll
-        for (int i = 0; i < kParts * kWidth / 4; ++i) {
-            const int part = i / (kWidth / 4), n = i % (kWidth / 4) / 2, pair = i % 2 * 2;
-            const Place place = c_place(lane, pair);
-            const int column = part * kWidth + n * 8 + place.column;
-            if (column < columns) {
-                float* const to = stage + (warp_row0 + place.row) * stage_pitch(columns) + column;
-                to[0] = sums[part][n * 4 + pair];
-                to[1] = sums[part][n * 4 + pair + 1];
-            }
+        for (int part = 0; part < kParts; ++part) {
+            const int column = part * kWidth;
+            store_sums(sums[part], stage + row * kPitch + column + first.column, kPitch, columns - column, 16);
         }
         meet(3, 256);
-        add_staged<D>(a, stage, row0, kWgmmaRows, 0, columns, thread - 128, 256);
+        add_staged<D>(a, stage, row0, kWgmmaRows, 0, Columns, thread - 128, 256);
     }
 }
 

@@ -139,6 +139,8 @@ PRUNEVIT_BOTH constexpr uint64_t tile_descriptor(uint32_t address) {
     constexpr uint64_t kRowsStride = 8 * kRowBytes / 16, kSwizzle128 = 1;
     return (address & 0x3ffff) / 16 | uint64_t{1} << 16 | kRowsStride << 32 | kSwizzle128 << 62;
 }
+// What moving a tile by so many bytes, a multiple of 16, adds to its descriptor.
+PRUNEVIT_BOTH constexpr int descriptor_step(int bytes) { return bytes / 16; }
 
 struct WgmmaShared {
     int ring, slot_bytes, slots, barriers, bytes;
@@ -151,7 +153,7 @@ PRUNEVIT_BOTH constexpr WgmmaShared wgmma_shared(int columns, const Shape& s, in
     at.slot_bytes = w1 > w2 ? w1 : w2;
     at.slots = slots;
     const int loop = at.ring + slots * at.slot_bytes;
-    const int stage = kWgmmaRows * stage_pitch(s.out_padded()) * 4;
+    const int stage = kWgmmaRows * stage_pitch(columns) * 4;
     at.barriers = loop > stage ? loop : round_up(stage, 16);
     at.bytes = at.barriers + slots * 16;
     return at;

@@ -1,4 +1,4 @@
-// What the kernels share: rows of x in and out, LayerNorm, activations, a warp's product of two tiles.
+// What the kernels share: pieces of rows, activations, a warp's product of two tiles.
 #pragma once
 
 #include "primitives.cuh"
@@ -15,10 +15,6 @@ PRUNEVIT_DEVICE void widen(const Piece& piece, float (&v)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] = widen<D>(static_cast<uint16_t>(piece.pair[i / 2] >> (i % 2 * 16)));
 }
-PRUNEVIT_DEVICE void forget(Piece& piece) {
-#pragma unroll
-    for (uint32_t& pair : piece.pair) forget(pair);
-}
 template <Dtype D>
 PRUNEVIT_DEVICE Piece narrow(const float (&v)[8]) {
     Piece piece;
@@ -27,13 +23,25 @@ PRUNEVIT_DEVICE Piece narrow(const float (&v)[8]) {
     return piece;
 }
 
-// Channels c … c + 7 of a row as `channels` lists them (null: in order), zeros from `count` on. Nothing past column
-// E of the row is read: what lies there may be another tensor's, or nobody's.
+// The first `live` columns of a piece, zeros after them.
+PRUNEVIT_DEVICE Piece first_columns(Piece piece, int live) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (live <= 2 * i + 1) piece.pair[i] = live == 2 * i + 1 ? piece.pair[i] & 0xffff : 0;
+    }
+    return piece;
+}
+
+// Channels c … c + 7 of a row as `channels` lists them (null: in order), zeros from `count` on. Past column E lies
+// another tensor's, or nothing: it may be read, where a row follows, but nothing may come of it.
 PRUNEVIT_DEVICE Piece load_piece(const Arguments& a, int row, int c, const int* channels, int count) {
     Piece piece{};
     if (row >= a.shape.rows || c >= count) return piece;
     const uint16_t* from = a.x + row * a.pitch;
-    if (channels == nullptr && a.wide && c + 8 <= count) return *reinterpret_cast<const Piece*>(from + c);
+    if (channels == nullptr && a.wide && (c + 8 <= count || row + 1 < a.shape.rows)) {
+        piece = *reinterpret_cast<const Piece*>(from + c);
+        return c + 8 <= count ? piece : first_columns(piece, count - c);
+    }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         if (c + i < count) {
@@ -44,85 +52,34 @@ PRUNEVIT_DEVICE Piece load_piece(const Arguments& a, int row, int c, const int* 
     return piece;
 }
 
-struct Statistics {
-    float mean, rstd;
+// Two neighbouring fp32 values, as one load carries them.
+struct alignas(8) Two {
+    float v[2];
 };
 
-// (v − mean) · rstd in fp32, zeros from `count` on: dead columns must not meet the weights as −mean · rstd.
-template <Dtype D>
-PRUNEVIT_DEVICE Piece normalise(const Piece& raw, Statistics s, int c, int count) {
-    float v[8];
-    widen<D>(raw, v);
+// A warpgroup's sums begin with the bias of their columns: nothing is left to add, or to wait for, once they are there.
+template <int Count>
+PRUNEVIT_DEVICE void begin_with(float (&sums)[Count], const float* bias, int lane) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = c + i < count ? (v[i] - s.mean) * s.rstd : 0.0f;
-    return narrow<D>(v);
+    for (int i = 0; i < Count; i += 4) {
+        const Two two = *reinterpret_cast<const Two*>(bias + i * 2 + c_place(lane, 0).column);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i + j] = two.v[j % 2];
+    }
 }
 
-// Mean and 1/σ of a row over all E channels, by eight neighbouring lanes; two passes, since one cancels.
-template <Dtype D>
-PRUNEVIT_DEVICE Statistics row_statistics(const Arguments& a, int row, int lane8) {
-    const int embed = a.shape.embed;
-    float sum = 0.0f, squares = 0.0f, v[8];
-#pragma unroll 4
-    for (int c = lane8 * 8; c < embed; c += 64) {
-        widen<D>(load_piece(a, row, c, nullptr, embed), v);
+// The other way: sums of 16 rows of a warp to fp32 rows `pitch` apart, of which `columns` (a multiple of 8) are kept.
+// `to` is where the thread's first one goes, and `rows_left` how many rows there are from its own on.
+template <int Count>
+PRUNEVIT_DEVICE void store_sums(const float (&sums)[Count], float* to, int64_t pitch, int columns, int rows_left) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum += v[i];
-    }
-    const float mean = sum_of_eight_lanes(sum) / static_cast<float>(embed);
-#pragma unroll 4
-    for (int c = lane8 * 8; c < embed; c += 64) {
-        widen<D>(load_piece(a, row, c, nullptr, embed), v);
+    for (int half = 0; half < 2; ++half) {
+        if (half * 8 >= rows_left) break;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const float d = c + i < embed ? v[i] - mean : 0.0f;
-            squares = fmaf(d, d, squares);
-        }
-    }
-    return {mean, 1.0f / sqrtf(sum_of_eight_lanes(squares) / static_cast<float>(embed) + a.eps)};
-}
-
-// The widest row that the one-launch kernels hold in registers while they take its statistics.
-constexpr int kFusedMaxEmbed = 512;
-
-// LN of rows row0 … row0 + rows − 1 into a tile; rows past M become zeros. Called by `threads` threads, a multiple
-// of 8 that divides 8 · rows; the row, MaxEmbed wide at most, stays in registers between the passes.
-template <Dtype D, int MaxEmbed = kFusedMaxEmbed>
-PRUNEVIT_DEVICE void normalise_tile(const Arguments& a, int row0, int rows, unsigned char* tile, int tile_rows,
-                                    int thread, int threads) {
-    constexpr int kEach = MaxEmbed / 64;
-    const int lane8 = thread % 8, embed = a.shape.embed, in = a.shape.in;
-    for (int row = thread / 8; row < rows; row += threads / 8) {
-        Piece raw[kEach];
-        float sum = 0.0f, squares = 0.0f, v[8];
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) raw[i] = load_piece(a, row0 + row, (i * 8 + lane8) * 8, nullptr, embed);
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-            widen<D>(raw[i], v);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) sum += v[j];
-        }
-        const float mean = sum_of_eight_lanes(sum) / static_cast<float>(embed);
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-            forget(raw[i]);  // else 64 widened values stay in registers
-            widen<D>(raw[i], v);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                const float d = (i * 8 + lane8) * 8 + j < embed ? v[j] - mean : 0.0f;
-                squares = fmaf(d, d, squares);
-            }
-        }
-        const float variance = sum_of_eight_lanes(squares) / static_cast<float>(embed);
-        const Statistics s{mean, 1.0f / sqrtf(variance + a.eps)};
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-            const int c = (i * 8 + lane8) * 8;
-            if (c >= a.shape.in_panels() * kPanel) continue;
-            forget(raw[i]);
-            const Piece from = a.reads == nullptr ? raw[i] : load_piece(a, row0 + row, c, a.reads, in);
-            *reinterpret_cast<Piece*>(tile + element_offset(tile_rows, row, c)) = normalise<D>(from, s, c, in);
+        for (int n = 0; n < Count / 4; ++n) {
+            if (n * 8 >= columns) break;
+            const float* const v = sums + n * 4 + half * 2;
+            *reinterpret_cast<Two*>(to + half * 8 * pitch + n * 8) = {v[0], v[1]};
         }
     }
 }
@@ -203,46 +160,6 @@ PRUNEVIT_DEVICE void multiply(float (&acc)[MT][2 * NU][4], TileView a, int row0,
                 }
             }
         }
-    }
-}
-
-// x[row, writes[n … n + 7]] += γ (v + b2), in fp32, rounded once.
-template <Dtype D>
-PRUNEVIT_DEVICE void add_residual(const Arguments& a, int row, int n, const float (&v)[8]) {
-    uint16_t* to = a.x + row * a.pitch;
-    const bool whole = a.writes == nullptr && a.wide && n + 8 <= a.shape.out;
-    float old[8], sum[8];
-    const Piece was = load_piece(a, row, n, a.writes, a.shape.out);
-    widen<D>(was, old);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i] = fmaf(a.gamma[n + i], v[i] + a.b2[n + i], old[i]);
-    const Piece now = narrow<D>(sum);
-    if (whole) {
-        *reinterpret_cast<Piece*>(to + n) = now;
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        if (n + i < a.shape.out) {
-            to[a.writes == nullptr ? n + i : a.writes[n + i]] =
-                static_cast<uint16_t>(now.pair[i / 2] >> (i % 2 * 16));
-        }
-    }
-}
-
-// The fp32 tile of an epilogue, rows row0 …, columns column0 …, added into x by all threads of the block.
-template <Dtype D>
-PRUNEVIT_DEVICE void add_staged(const Arguments& a, const float* stage, int row0, int rows, int column0, int columns,
-                                int thread, int threads) {
-    const int left = a.shape.out_padded() - column0;
-    const int pieces = (left < columns ? left : columns) / 8;
-    for (int i = thread; i < rows * pieces; i += threads) {
-        const int row = i / pieces, c = i % pieces * 8;
-        if (row0 + row >= a.shape.rows) break;
-        float v[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) v[j] = stage[row * stage_pitch(columns) + c + j];
-        add_residual<D>(a, row0 + row, column0 + c, v);
     }
 }
 

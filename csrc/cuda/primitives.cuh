@@ -32,6 +32,12 @@ PRUNEVIT_DEVICE float fast_reciprocal(float v) {
     return out;
 }
 
+PRUNEVIT_DEVICE float fast_rsqrt(float v) {
+    float out;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+    return out;
+}
+
 template <Dtype D>
 PRUNEVIT_DEVICE float widen(uint16_t bits) {
     if constexpr (D == Dtype::bf16) {
@@ -71,9 +77,8 @@ PRUNEVIT_DEVICE uint32_t from_lane_across(uint32_t v, int mask) { return __shfl_
 PRUNEVIT_DEVICE void copy_async(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
-// Where `valid` is false the piece becomes zeros and `from` is not read.
-PRUNEVIT_DEVICE void copy_async(uint32_t to, const void* from, bool valid) {
-    const int bytes = valid ? 16 : 0;
+// Only so many bytes are read; the rest of the piece becomes zeros.
+PRUNEVIT_DEVICE void copy_async(uint32_t to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 PRUNEVIT_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -5,7 +5,7 @@
 // Both walk over panels of 64 columns of K in a ring of three stages.
 #pragma once
 
-#include "pieces.cuh"
+#include "rows.cuh"
 
 namespace prunevit::mlp {
 
@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kThreads, 2) expand(const __grid_constant__ Ar
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
         const int row = m * 32 + thread / 8;
-        const Statistics s = row_statistics<D>(a, row0 + row, thread % 8);
+        const auto piece_at = [&](int c) { return load_piece(a, row0 + row, c, nullptr, a.shape.embed); };
+        const Statistics s = row_statistics<D>(a.shape.embed, a.eps, thread % 8, piece_at);
         if (thread % 8 == 0) statistics[row] = s;
     }
     __syncthreads();
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2) contract(const __grid_constant__ 
                 const int from = chunk * kChunk + piece * kPieceColumns;
                 const bool valid = row0 + row < a.shape.rows && from < a.shape.hidden_padded();
                 const int64_t at = valid ? int64_t{row0 + row} * a.shape.hidden_padded() + from : 0;
-                copy_async(to + piece_offset(row, piece), a.hidden + at, valid);
+                copy_async(to + piece_offset(row, piece), a.hidden + at, valid ? kPieceBytes : 0);
             }
             copy_rows(to + kRows * kRowBytes, a.w2 + chunk * w2_chunk_bytes(a.shape) + int64_t{column0} * kRowBytes,
                       columns, thread);

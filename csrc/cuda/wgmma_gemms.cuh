@@ -9,7 +9,7 @@
 // memory, so every copy is linear and needs no tensor map.
 #pragma once
 
-#include "pieces.cuh"
+#include "rows.cuh"
 #include "ring.cuh"
 #include "wgmma.cuh"
 
@@ -18,11 +18,13 @@ namespace prunevit::mlp {
 // sums (+)= 128 rows of A · rows of Bᵀ, over one panel or its first steps of 16.
 template <Dtype D, int Half>
 PRUNEVIT_DEVICE void start_panel(float (&sums)[2][Half], uint32_t a, uint32_t b, int steps, bool accumulate) {
+    const uint64_t rows = tile_descriptor(a), columns = tile_descriptor(b);
     const auto step = [&](int k) {
+        const int along = descriptor_step(k * kUnit * 2);
 #pragma unroll
         for (int block = 0; block < 2; ++block) {
-            const uint64_t rows = tile_descriptor(a + block * 64 * kRowBytes + k * kUnit * 2);
-            multiply_shared<D, 2 * Half>(sums[block], rows, tile_descriptor(b + k * kUnit * 2), accumulate || k > 0);
+            multiply_shared<D, 2 * Half>(sums[block], rows + descriptor_step(block * 64 * kRowBytes) + along,
+                                         columns + along, accumulate || k > 0);
         }
     };
     products_begin();
@@ -71,7 +73,6 @@ PRUNEVIT_DEVICE void exchange_in_quad(uint32_t (&pairs)[4], int lane) {
 template <Dtype D, int Half>
 PRUNEVIT_DEVICE void store_hidden(const Arguments& a, const float (&sums)[2][Half], int chunk0, int warp, int lane) {
     auto* const tile = reinterpret_cast<unsigned char*>(a.hidden) + hidden_tile(a.shape, blockIdx.x, chunk0);
-    const float* const b1 = a.b1 + chunk0 * kChunk + c_place(lane, 0).column;
     uint32_t lane_offset = hidden_lane_offset(warp, lane);
     forget(lane_offset);  // else all sums of it stay in registers from tile to tile
 #pragma unroll
@@ -80,7 +81,7 @@ PRUNEVIT_DEVICE void store_hidden(const Arguments& a, const float (&sums)[2][Hal
         for (int block = 0; block < 2; ++block) {
             float v[16];
 #pragma unroll
-            for (int i = 0; i < 16; ++i) v[i] = sums[block][group * 16 + i] + b1[group * 32 + i / 4 * 8 + i % 2];
+            for (int i = 0; i < 16; ++i) v[i] = sums[block][group * 16 + i];
             activate(v, a.act);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -100,6 +101,11 @@ PRUNEVIT_DEVICE void expand_tile(const Arguments& a, const Ring& ring, const Hid
                                  uint32_t x_tile, uint32_t turns, int thread) {
     float sums[2][Chunks * kChunk / 2];
     const int panels = a.shape.in_panels(), lane = thread % 32, own = tile % 2;
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+        begin_with(sums[block], a.b1 + tiles.first(tile) * kChunk, lane);
+        pin(sums[block]);
+    }
     // The ring holds tiles in their order: only when the other warpgroup has seen all of the tile before is every slot
     // in the phase that is waited for here.
     if (tile > 0) barrier_wait(turns + (own ^ 1) * 8, (tile - 1) / 2 % 2);
@@ -107,7 +113,7 @@ PRUNEVIT_DEVICE void expand_tile(const Arguments& a, const Ring& ring, const Hid
         const int i = tile * panels + panel, left = a.shape.in_steps() - panel * (kPanel / kUnit);
         barrier_wait(ring.full(i), ring.parity(i));
         start_panel<D>(sums, x_tile + panel * kExpandRows * kRowBytes, ring.slot(i),
-                       left < kPanel / kUnit ? left : kPanel / kUnit, panel > 0);
+                       left < kPanel / kUnit ? left : kPanel / kUnit, true);
         if (panel > 0) {
             products_wait<1>();  // the panel before has been multiplied: its weights may go
             if (lane == 0) barrier_arrive(ring.empty(i - 1));
@@ -146,12 +152,9 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) wgmma_expand(const __grid_co
         if (thread == 0) feed_expand(a, ring, tiles);
     } else {
         take_registers<232>();
-        const int row0 = blockIdx.x * kExpandRows;
-        if (a.shape.embed <= 384) {
-            normalise_tile<D, 384>(a, row0, kExpandRows, shared, kExpandRows, thread - 128, 256);
-        } else {
-            normalise_tile<D, kExpandMaxEmbed>(a, row0, kExpandRows, shared, kExpandRows, thread - 128, 256);
-        }
+        const RowTile rows{static_cast<int>(blockIdx.x) * kExpandRows, kExpandRows, shared, thread - 128, 256};
+        fetch_rows(a, rows);
+        normalise_rows<D, 0>(a, rows);
         publish_to_async();
         meet(1, 256);
         for (int tile = group; tile < tiles.count(); tile += 2) {
@@ -245,22 +248,20 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) wgmma_contract(const __grid_
         }
 
         meet(1, 256);  // both have read their last tile: the ring's memory becomes the epilogue's
+        constexpr int kPitch = stage_pitch(Columns);
         float* const stage = reinterpret_cast<float*>(shared);
-        const int warp_row0 = group * kExpandRows + thread % 128 / 32 * 16;
+        const Place first = c_place(lane, 0);
+        const int row = group * kExpandRows + thread % 128 / 32 * 16 + first.row, rows_left = a.shape.rows - row0 - row;
 #pragma unroll
-        for (int i = 0; i < Columns / 2; ++i) {
-            const int block = i / (Columns / 4), n = i % (Columns / 4) / 2, pair = i % 2 * 2;
-            const Place place = c_place(lane, pair);
-            const int row = warp_row0 + block * 64 + place.row, column = n * 8 + place.column;
-            if (group >= part.live || column >= part.columns) continue;
-            float* to = stage + row * stage_pitch(Columns) + column;
-            if (a.splits > 1) {
-                if (row0 + row >= a.shape.rows) continue;
-                const int64_t line = int64_t{blockIdx.z} * a.shape.rows + row0 + row;
-                to = a.partial + line * a.shape.out_padded() + part.column0 + column;
+        for (int block = 0; block < 2; ++block) {
+            if (group >= part.live) break;
+            if (a.splits == 1) {
+                store_sums(sums[block], stage + (row + block * 64) * kPitch + first.column, kPitch, part.columns, 16);
+            } else {
+                const int64_t line = int64_t{blockIdx.z} * a.shape.rows + row0 + row + block * 64;
+                float* const to = a.partial + line * a.shape.out_padded() + part.column0 + first.column;
+                store_sums(sums[block], to, a.shape.out_padded(), part.columns, rows_left - block * 64);
             }
-            to[0] = sums[block][n * 4 + pair];
-            to[1] = sums[block][n * 4 + pair + 1];
         }
         if (a.splits > 1) return;
         meet(1, 256);

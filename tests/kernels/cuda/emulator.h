@@ -45,8 +45,7 @@ inline const bool early = std::getenv("PRUNEVIT_EMULATE_EARLY") != nullptr;
 struct Copy {
     uint32_t to;
     const void* from;
-    int bytes;
-    bool valid;
+    int bytes, read;
 };
 
 struct Fiber {
@@ -123,12 +122,9 @@ inline unsigned char* shared_at(uint32_t address, int bytes, int alignment) {
 
 inline void land(const Copy& copy) {
     unsigned char* to = shared_at(copy.to, copy.bytes, 16);
-    if (copy.valid) {
-        if (reinterpret_cast<uintptr_t>(copy.from) % 16 != 0) fail("misaligned global address of a copy");
-        std::memcpy(to, copy.from, copy.bytes);
-    } else {
-        std::memset(to, 0, copy.bytes);
-    }
+    if (copy.read > 0 && reinterpret_cast<uintptr_t>(copy.from) % 16 != 0) fail("misaligned global address of a copy");
+    std::memset(to, 0, copy.bytes);
+    std::memcpy(to, copy.from, copy.read);
 }
 
 inline void run_block(Block& b) {
@@ -204,6 +200,7 @@ inline uint32_t shared_address(const void* pointer) {
 
 inline float fast_exp2(float v) { return std::exp2(v); }
 inline float fast_reciprocal(float v) { return 1.0f / v; }
+inline float fast_rsqrt(float v) { return 1.0f / std::sqrt(v); }
 
 template <Dtype D>
 inline float widen(uint16_t bits) {
@@ -270,14 +267,14 @@ inline uint32_t from_lane_across(uint32_t v, int mask) {
     return brought.v;
 }
 
-inline void copy_async(uint32_t to, const void* from, bool valid) {
+inline void copy_async(uint32_t to, const void* from, int bytes) {
     if (emulator::early) {
-        emulator::land({to, from, 16, valid});
+        emulator::land({to, from, 16, bytes});
     } else {
-        emulator::self().open.push_back({to, from, 16, valid});
+        emulator::self().open.push_back({to, from, 16, bytes});
     }
 }
-inline void copy_async(uint32_t to, const void* from) { copy_async(to, from, true); }
+inline void copy_async(uint32_t to, const void* from) { copy_async(to, from, 16); }
 inline void commit_copies() {
     auto& f = emulator::self();
     f.groups.push_back(std::move(f.open));

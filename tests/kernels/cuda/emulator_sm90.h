@@ -141,11 +141,11 @@ inline void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier
     if (bytes % 16 != 0) emulator::fail("a bulk copy of " + std::to_string(bytes) + " bytes");
     auto& b = emulator::barrier_at(barrier);
     if (emulator::early) {
-        emulator::land({to, from, bytes, true});
+        emulator::land({to, from, bytes, bytes});
         b.bytes -= bytes;
         emulator::end_phase_if_complete(b);
     } else {
-        b.copies.push_back({to, from, bytes, true});
+        b.copies.push_back({to, from, bytes, bytes});
     }
 }
 // Reads a byte: a buffer ends at an unreadable page.

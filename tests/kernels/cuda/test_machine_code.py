@@ -118,9 +118,11 @@ def test_wgmma_kernels_run_on_hoppers_own_instructions(code: dict[tuple[str, str
     for key, made in kernels(code, prefix, "sm_90a").items():
         for name in ("HGMMA", "UBLKCP", "USETMAXREG"):
             assert count(made, name) > 0, (key, name)
-        assert count(made, "HMMA", "LDGSTS") == 0, key
+        assert count(made, "HMMA") == 0, key
+        rows_of_x = prefix != "wgmma_contract"  # they are copied as they are, sixteen bytes at a time
+        assert (count(made, "LDGSTS") > 0) == rows_of_x, key
 
 
 def test_products_stay_in_flight(serialised: set[str]) -> None:
-    """But for the one kernel whose sums leave no registers (C7512): each product there waits for the one before."""
-    assert serialised == {"fused_wgmma<384> bf16", "fused_wgmma<384> fp16"}
+    """None waits for the one before it."""
+    assert serialised == set()
