@@ -27,17 +27,21 @@ def activate(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def _moments(x, count, so_far, mean, m2):
-    """Mean and sum of squared deviations of a row, one chunk of ``count`` columns more (Chan's update).
+def _pivot(x_rows, K, PIVOT: tl.constexpr):
+    """The mean of each row's first channels: deviations from it are summed, since sums of raw squares would cancel.
 
-    Sums of squares would do for rows near zero; residual streams have channels a thousand times larger than others.
+    It may be far from the row's mean, but not far compared with the row's deviation σ: the first n of K channels have
+    n (pivot − mean)² ≤ K σ², so that no more than a factor of K / n is lost of fp32's 2⁻²⁴.
     """
-    chunk_mean = tl.sum(x, 1) / count
-    delta = chunk_mean - mean
-    both = so_far + count
-    mean += delta * (count / both)
-    m2 += delta * delta * (so_far * count / both)
-    return chunk_mean, mean, m2
+    k = tl.arange(0, PIVOT)
+    x = tl.load(x_rows[:, None] + k[None, :], mask=(k < tl.cdiv(K, 8) * 8)[None, :], other=0.0)
+    return tl.sum(tl.where((k < K)[None, :], x.to(tl.float32), 0.0), 1) / tl.minimum(K, PIVOT)
+
+
+@triton.jit
+def _by_eights(x):
+    """Sums of eight neighbouring columns. A thread has them together, as one 16-byte load: no lane asks another."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 2)
 
 
 @triton.jit
@@ -52,6 +56,10 @@ def multiply(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     mean = tl.zeros([BLOCK_M], tl.float32)
     m2 = tl.zeros([BLOCK_M], tl.float32)
+    if NORM:
+        pivot = _pivot(x_rows, K, 16)
+        sums = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
+        squares = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_rows[:, None] + k[None, :]
     w_ptrs = w_rows[None, :] + k[:, None]
@@ -60,10 +68,12 @@ def multiply(
         x = tl.load(x_ptrs + first)
         acc = tl.dot(x, tl.load(w_ptrs + first), acc)
         if NORM:
-            x = x.to(tl.float32)
-            chunk_mean, mean, m2 = _moments(x, BLOCK_K, first, mean, m2)
-            x -= chunk_mean[:, None]
-            m2 += tl.sum(x * x, 1)
+            x = x.to(tl.float32) - pivot[:, None]
+            sums += _by_eights(x)
+            squares += _by_eights(x * x)
+    if NORM:
+        mean = tl.sum(sums, 1)
+        m2 = tl.sum(squares, 1)
     if TAIL > 0:
         k_tail = whole + tl.arange(0, TAIL)
         # whole groups of 8 are read, for 16-byte loads; what lies past column K is then replaced by zeros
@@ -73,10 +83,12 @@ def multiply(
         x = tl.where(inside, x, 0.0)
         acc = tl.dot(x, tl.load(w_rows[None, :] + k_tail[:, None]), acc)
         if NORM:
-            x = x.to(tl.float32)
-            chunk_mean, mean, m2 = _moments(x, K - whole, whole, mean, m2)
-            x = tl.where(inside, x - chunk_mean[:, None], 0.0)
+            x = tl.where(inside, x.to(tl.float32) - pivot[:, None], 0.0)
+            mean += tl.sum(x, 1)
             m2 += tl.sum(x * x, 1)
+    if NORM:
+        m2 = tl.maximum(m2 - mean * (mean / K), 0.0)
+        mean = pivot + mean / K
     return acc, mean, m2
 
 
