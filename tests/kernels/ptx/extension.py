@@ -7,7 +7,6 @@ import ctypes
 import subprocess
 import sysconfig
 from collections import Counter
-from collections.abc import Callable
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -19,9 +18,8 @@ import triton
 from torch import Tensor
 
 import setup_cuda
-from prunevit_kernels import FusedMlp
-from prunevit_kernels._aot import stand_in_target
-from prunevit_kernels.fused_mlp._cuda import CudaMlp
+from prunevit_kernels import FusedMlp, Target
+from prunevit_kernels.fused_mlp._cuda import CudaMlp, PackedWeights
 from tests.kernels.cuda.emulation import Gpu
 
 from .launch import TOGETHER, module_of, run
@@ -66,37 +64,37 @@ class EmulatedExtension:
         self.library = ctypes.CDLL(str(path))
         self.ptx = ptx_of()
 
-    def run(
-        self, op: FusedMlp, x: Tensor, kernel: str | None, gpu: Gpu, timing: Timing = TOGETHER
-    ) -> tuple[Any, Counter[str]]:
-        """Pack, bind and launch op on x; the plan that ran, and how many instructions of each kind."""
-        failures: list[BaseException] = []
-        executed: Counter[str] = Counter()
-        memory = DeviceMemory()
+    def pack(self, op: FusedMlp, target: Target) -> CudaMlp:
+        return CudaMlp(self.module, op, target)
 
-        def launched(name: bytes, grid: Any, threads: int, arguments: int, shared_bytes: int) -> None:
-            text = self.ptx[name.decode()]
-            size = module_of(text).kernels[name.decode()].param_bytes
-            given = ctypes.string_at(arguments, size)
-            try:
-                executed.update(
-                    run(
-                        text, name.decode(), [given], memory, grid=tuple(grid[:3]), threads=threads,
-                        shared_bytes=shared_bytes, timing=timing,
-                    )
-                )  # fmt: skip
-            except BaseException as failure:  # C++ is between us and whoever should see it
-                failures.append(failure)
+    def be(self, gpu: Gpu, timing: Timing = TOGETHER) -> None:
+        """The GPU that kernels are planned for and launched on from now on."""
+        self.timing = timing
+        self.callback = _LAUNCHED(self._launched)
+        self.library.emulate_gpu(gpu.sm, gpu.multiprocessors, gpu.shared_limit, self.callback)
 
-        callback: Callable[..., None] = _LAUNCHED(launched)
-        self.library.emulate_gpu(gpu.sm, gpu.multiprocessors, gpu.shared_limit, callback)
-        mlp = CudaMlp(self.module, op, stand_in_target(x.dtype))
-        plan = mlp._planned(x, kernel)
-        bound, _, (weights, _, workspace) = mlp._bound(x, plan).args
+    def launch(self, mlp: Any, held: tuple[PackedWeights, Tensor, Tensor | None]) -> Counter[str]:
+        """A bound MLP, on the memory that its launch holds. How many instructions of each kind its warps issued."""
+        weights, x, workspace = held
+        self.memory, self.executed = DeviceMemory(), Counter[str]()
+        self.failure: BaseException | None = None
         for name, tensor in {**weights.buffers(), "x": x, "workspace": workspace}.items():
             if tensor is not None:
-                memory.add(name, tensor)
-        bound.launch(0)
-        if failures:
-            raise failures[0]
-        return plan, executed
+                self.memory.add(name, tensor)
+        mlp.launch(0)
+        if self.failure is not None:
+            raise self.failure
+        return self.executed
+
+    def _launched(self, name: bytes, grid: Any, threads: int, arguments: int, shared_bytes: int) -> None:
+        kernel = name.decode()
+        text = self.ptx[kernel]
+        given = ctypes.string_at(arguments, module_of(text).kernels[kernel].param_bytes)
+        blocks = (grid[0], grid[1], grid[2])
+        try:
+            self.executed += run(
+                text, kernel, [given], self.memory,
+                grid=blocks, threads=threads, shared_bytes=shared_bytes, timing=self.timing,
+            )  # fmt: skip
+        except BaseException as failure:  # C++ is between us and whoever should see it
+            self.failure = self.failure or failure
