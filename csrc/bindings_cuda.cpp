@@ -185,15 +185,16 @@ std::optional<Memory> memory_of(const std::optional<std::tuple<uintptr_t, int64_
 
 }  // namespace
 
+// Types are the module's own: another build of it may be loaded beside it, as tests do.
 PYBIND11_MODULE(_cuda, m) {
     using Given = std::tuple<uintptr_t, int64_t>;
     m.doc() = "Fused MLPs on CUDA: raw pointers, sizes and streams. Use prunevit_kernels.FusedMlp.";
 
-    py::class_<Shape>(m, "Shape", "M, E, K (channels read), F, N (channels written)")
+    py::class_<Shape>(m, "Shape", py::module_local(), "M, E, K (channels read), F, N (channels written)")
         .def(py::init(&shape_of), py::arg("rows"), py::arg("embed"), py::arg("reads"), py::arg("hidden"), py::arg("writes"))
         .def("__repr__", [](const Shape& s) { return "Shape(" + describe(s) + ")"; });
 
-    py::class_<Device>(m, "Device", "What the choice of a kernel depends on")
+    py::class_<Device>(m, "Device", py::module_local(), "What the choice of a kernel depends on")
         .def(py::init([](int sm, int multiprocessors, int shared_limit) {
                  return Device{sm, multiprocessors, shared_limit, kHopper};
              }),
@@ -203,7 +204,7 @@ PYBIND11_MODULE(_cuda, m) {
         .def_readonly("multiprocessors", &Device::multiprocessors)
         .def_readonly("shared_limit", &Device::shared_limit);
 
-    py::class_<Plan>(m, "Plan", "A kernel and how it is launched")
+    py::class_<Plan>(m, "Plan", py::module_local(), "A kernel and how it is launched")
         .def(py::init([](const Shape& shape, const Device& device, const std::optional<std::string>& kernel) {
                  return plan_of(kernel ? named(kKernels, *kernel, "a kernel") : chosen_kernel(shape, device), shape, device);
              }),
@@ -215,7 +216,7 @@ PYBIND11_MODULE(_cuda, m) {
         .def_property_readonly("workspace_bytes",
                                [](const Plan& p) { return Mlp::round_up_bytes(p.partial_bytes) + p.hidden_bytes; });
 
-    py::class_<Weights>(m, "Weights", "Packed weights: (address, bytes) each")
+    py::class_<Weights>(m, "Weights", py::module_local(), "Packed weights: (address, bytes) each")
         .def(py::init([](Given w1, Given w2, Given b1, Given b2, Given gamma, std::optional<Given> reads,
                          std::optional<Given> writes) {
                  return Weights{memory_of(w1), memory_of(w2), memory_of(b1), memory_of(b2), memory_of(gamma),
@@ -224,7 +225,7 @@ PYBIND11_MODULE(_cuda, m) {
              py::arg("w1"), py::arg("w2"), py::arg("b1"), py::arg("b2"), py::arg("gamma"), py::arg("reads"),
              py::arg("writes"));
 
-    py::class_<Mlp>(m, "Mlp", "One MLP bound to its buffers; launch(stream) only launches")
+    py::class_<Mlp>(m, "Mlp", py::module_local(), "One MLP bound to its buffers; launch(stream) only launches")
         .def(py::init([](const Plan& plan, const Shape& shape, const std::string& dtype, const std::string& act, float eps,
                          const Weights& weights, Given x, std::optional<Given> workspace, int device) {
                  return Mlp(plan, shape, dtype, act, eps, weights, x, memory_of(workspace), device);
