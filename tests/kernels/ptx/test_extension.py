@@ -18,6 +18,7 @@ from tests.kernels.cuda.emulation import H100, ONE_SM, RTX_4090, Gpu, draw
 from tests.kernels.cuda.rules import assert_right
 from tests.kernels.half_precision import rounded, same_bits
 
+from .count import count
 from .extension import EmulatedExtension
 from .launch import TOGETHER
 from .machine import Timing
@@ -79,3 +80,8 @@ def test_a_second_row_tile(extension: EmulatedExtension) -> None:
     """Past 128 rows the next block begins, and its rows end within a tile."""
     for kernel in ("wgmma", "wgmma_gemms"):
         check(extension, draw(64, 96, act="relu"), 140, kernel, ONE_SM)
+
+
+def test_instructions_are_counted(extension: EmulatedExtension) -> None:
+    """Eight warps: two steps of fc1, three of fc2, a fence and a commit for each, and three waits."""
+    assert count(extension, "wgmma", 21, 37, rows=5)["wgmma"] == 8 * (2 + 3 + 2 * 2 + 3)
