@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 
 from ._expect import expect
 from ._launch import Call
@@ -83,6 +84,8 @@ class Build:
     narrow_loads: int
     """Loads from device memory of less than 4 bytes."""
     threads: int
+    serialised: bool = False
+    """ptxas lets each wgmma wait for the one before: their registers are touched in between."""
 
 
 def build(call: Call) -> Build:
@@ -102,6 +105,7 @@ def build(call: Call) -> Build:
         narrow_copies=sum(".128" not in copy for copy in copies),
         narrow_loads=len(re.findall(r"\bLDG\.\S*[US](?:8|16)\b", sass)),
         threads=32 * call.tile.warps,
+        serialised="are serialized" in _assembler_remarks(compiled.asm["ptx"]),
     )
 
 
@@ -116,6 +120,19 @@ def _on_cubin(cubin: bytes, *command: str) -> str:
         file.write(cubin)
         file.flush()
         return subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _assembler_remarks(ptx: str) -> str:
+    """What ptxas has to say: Triton keeps it to itself."""
+    target = re.search(r"\.target\s+(sm_(\d+)\w*)", ptx)
+    assert target is not None
+    assembler = get_ptxas(int(target[2])).path
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [assembler, f"-arch={target[1]}", "-v", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
 def _disassemble(cubin: bytes) -> str:

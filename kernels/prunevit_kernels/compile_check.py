@@ -133,6 +133,8 @@ def faults(made: Build) -> list[str]:
         found.append(f"{made.registers} registers in {made.threads} threads do not fit")
     if made.narrow_copies and made.name != "token_scores_kernel":  # which also fetches one fp32 a query
         found.append(f"{made.narrow_copies} async copies narrower than 16 bytes")
+    if made.serialised:
+        found.append("wgmma products that wait for one another")
     if made.name in TENSOR_CORE_KERNELS:
         if not made.tensor_core:
             found.append("no tensor-core instruction")

@@ -30,10 +30,6 @@ MIXED_MENUS: tuple[tuple[Class, ...], ...] = (
 )
 WIDE_MENU: tuple[Class, ...] = ((128, 128), (64, 64), (32, 32))
 
-# Triton 3.6 touches the sums of a step's last product, wgmma still in flight, when the loop goes round; ptxas answers
-# by serialising every product of the kernel (C7515). 3.9 does not; what lies between was not tried.
-TOUCH_SUMS = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9))
-
 
 @triton.jit
 def load_slice(rows, first: tl.constexpr, WIDTH: tl.constexpr, width8, row_mask, MASKED: tl.constexpr):
@@ -118,10 +114,11 @@ def _attend(
         acc0, acc1, top, total = _attend_keys(
             q0, q1, k, v, row8, first, N, qk8, v8, acc0, acc1, top, total, Q0, Q1, V0, V1, BLOCK_N, False
         )
-        if TOUCH_SUMS:  # so that the product is waited for here
-            acc0 += 0.0
-            if V1 > 0:
-                acc1 += 0.0
+        # Triton waits for the sums here, since they are touched. Else it leaves the product in flight when the loop
+        # goes round, and touches them there: ptxas answers by serialising every product of the kernel (C7515).
+        acc0 += 0.0
+        if V1 > 0:
+            acc1 += 0.0
     # the keys that are left, in binary: 197 = 3 · 64 + 5 costs a tile of 16, not one of 64
     first = whole
     if TAIL & 128:

@@ -49,6 +49,6 @@ def test_every_kind_of_kernel_is_among_the_instances() -> None:
 
 def test_a_spilling_build_is_a_fault() -> None:
     good = Build("linear_residual_kernel", 100, 0, 0, 1024, 8, 0, 4, 0, 0, 128)
-    bad = Build("linear_residual_kernel", 255, 12, 16, 128 * 1024, 0, 0, 0, 2, 0, 512)
+    bad = Build("linear_residual_kernel", 255, 12, 16, 128 * 1024, 0, 0, 0, 2, 0, 512, serialised=True)
     assert faults(good) == []
-    assert len(faults(bad)) == 6
+    assert len(faults(bad)) == 7
