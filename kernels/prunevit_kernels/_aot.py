@@ -92,6 +92,7 @@ def build(call: Call) -> Build:
     compiled = call.compile()
     sass = _disassemble(compiled.asm["cubin"])
     usage = _resource_usage(compiled.asm["cubin"])
+    wgmma = len(re.findall(r"\bHGMMA\b", sass))
     copies = re.findall(r"\bLDGSTS\.\S*", sass)
     return Build(
         name=compiled.metadata.name,
@@ -100,12 +101,12 @@ def build(call: Call) -> Build:
         stack=usage["STACK"],
         shared=compiled.metadata.shared,
         tensor_core=len(re.findall(r"\bH[GM]MMA\b|\bHMMA\b", sass)),
-        wgmma=len(re.findall(r"\bHGMMA\b", sass)),
+        wgmma=wgmma,
         async_copies=sum(".128" in copy for copy in copies),
         narrow_copies=sum(".128" not in copy for copy in copies),
         narrow_loads=len(re.findall(r"\bLDG\.\S*[US](?:8|16)\b", sass)),
         threads=32 * call.tile.warps,
-        serialised="are serialized" in _assembler_remarks(compiled.asm["ptx"]),
+        serialised=wgmma > 0 and "are serialized" in _assembler_remarks(compiled.asm["ptx"]),
     )
 
 

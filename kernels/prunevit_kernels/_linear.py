@@ -72,7 +72,7 @@ def multiply(
             sums += _by_eights(x)
             squares += _by_eights(x * x)
     if NORM:
-        mean = tl.sum(sums, 1)
+        deviation = tl.sum(sums, 1)
         m2 = tl.sum(squares, 1)
     if TAIL > 0:
         k_tail = whole + tl.arange(0, TAIL)
@@ -84,11 +84,11 @@ def multiply(
         acc = tl.dot(x, tl.load(w_rows[None, :] + k_tail[:, None]), acc)
         if NORM:
             x = tl.where(inside, x.to(tl.float32) - pivot[:, None], 0.0)
-            mean += tl.sum(x, 1)
+            deviation += tl.sum(x, 1)
             m2 += tl.sum(x * x, 1)
     if NORM:
-        m2 = tl.maximum(m2 - mean * (mean / K), 0.0)
-        mean = pivot + mean / K
+        m2 = tl.maximum(m2 - deviation * (deviation / K), 0.0)
+        mean = pivot + deviation / K
     return acc, mean, m2
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from prunevit import PrunedViT, shapes
 from prunevit.errors import InputError
 from prunevit.runtime import Runtime
+from tests.accuracy import held_to_eager
 from tests.specs import SPECS, random_images, random_model
 
 pytestmark = pytest.mark.gpu
@@ -29,19 +30,6 @@ def gpu() -> None:
 
 def images_of(name: str, batch: int = 3, seed: int = 1) -> Tensor:
     return random_images(SPECS[name], batch, seed).cuda()
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
-
-
-def held_to_eager(model: PrunedViT, images: Tensor, got: Tensor, dtype: torch.dtype) -> None:
-    """At most twice what the same model is wrong by in eager PyTorch in the same dtype, and its last places."""
-    with torch.no_grad():
-        rounded = model.to("cuda", dtype)
-        eager = rounded(images.to(dtype))
-        exact = rounded.double()(images.to(dtype).double())
-    assert error(got, exact) <= 2 * error(eager, exact) + 4 * torch.finfo(dtype).eps
 
 
 @DTYPES

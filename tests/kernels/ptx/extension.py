@@ -22,7 +22,7 @@ from prunevit_kernels import FusedMlp, Target
 from prunevit_kernels.fused_mlp._cuda import CudaMlp, PackedWeights
 from tests.kernels.cuda.emulation import Gpu
 
-from .launch import TOGETHER, module_of, run
+from .launch import TOGETHER, kernels_of, run
 from .machine import Timing
 from .memory import DeviceMemory
 
@@ -48,7 +48,7 @@ def ptx_of() -> dict[str, str]:
     """Each kernel's PTX, as its object carries it, by the kernel's mangled name."""
     dumps = [setup_cuda.run([str(CUOBJDUMP), "-ptx", str(built)]) for built in setup_cuda.compile_objects()]
     texts = [f".version{text}" for dump in dumps for text in dump.split(".version")[1:]]
-    return {name: text for text in texts for name in module_of(text).kernels}
+    return {name: text for text in texts for name in kernels_of(text)}
 
 
 class EmulatedExtension:
@@ -89,7 +89,7 @@ class EmulatedExtension:
     def _launched(self, name: bytes, grid: Any, threads: int, arguments: int, shared_bytes: int) -> None:
         kernel = name.decode()
         text = self.ptx[kernel]
-        given = ctypes.string_at(arguments, module_of(text).kernels[kernel].param_bytes)
+        given = ctypes.string_at(arguments, kernels_of(text)[kernel].param_bytes)
         blocks = (grid[0], grid[1], grid[2])
         try:
             self.executed += run(

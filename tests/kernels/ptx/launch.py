@@ -15,14 +15,14 @@ from prunevit_kernels._launch import Call
 from . import arithmetic, matrix, synchronise, transfer  # noqa: F401  the instructions, by being imported
 from .machine import Block, Timing, arguments
 from .memory import DeviceMemory
-from .parse import Module, parse
+from .parse import Kernel, parse
 
 TOGETHER = Timing(late=False)
 """Warps together, everything asynchronous at once."""
 
 
 @cache
-def module_of(text: str) -> Module:
+def kernels_of(text: str) -> dict[str, Kernel]:
     return parse(text)
 
 
@@ -38,7 +38,7 @@ def run(
     timing: Timing = TOGETHER,
 ) -> Counter[str]:
     """All blocks of a launch, one after another. How many instructions of each kind their warps issued."""
-    made = module_of(text).kernels[kernel]
+    made = kernels_of(text)[kernel]
     executed: Counter[str] = Counter()
     for z, y, x in np.ndindex(*grid[::-1]):
         Block(
@@ -59,7 +59,7 @@ def run_triton(call: Call, memory: DeviceMemory, timing: Timing = TOGETHER) -> C
         if isinstance(value, Tensor):
             memory.add(name, value)
         values.append(value.data_ptr() if isinstance(value, Tensor) else value)
-    made = module_of(compiled.asm["ptx"]).kernels[compiled.metadata.name]
+    made = kernels_of(compiled.asm["ptx"])[compiled.metadata.name]
     values += [0] * (len(made.params) - len(values))  # Triton's own scratch memory, which no kernel here asks for
     return run(
         compiled.asm["ptx"],

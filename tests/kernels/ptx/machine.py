@@ -71,7 +71,7 @@ class Block:
     threads: int
     timing: Timing
     executed: Counter[str] = field(default_factory=Counter)
-    """Instructions issued by warps, by opcode."""
+    """Instructions issued by warps, by the first word of the opcode."""
 
     def __post_init__(self) -> None:
         count = self.threads
@@ -80,7 +80,7 @@ class Block:
         self.registers: dict[str, Array] = {}
         self.pc = np.zeros(count, np.int64)
         self.state = np.zeros(count, np.int8)
-        self.all = np.arange(count)
+        self.special = self._special_registers()
         self.named: dict[int, list[tuple[Array, int]]] = {}
         self.barriers: dict[int, MBarrier] = {}
         self.copies: list[Copy] = []
@@ -129,9 +129,9 @@ class Block:
             else:
                 constant = dtype.type(value)
             return lambda lanes: np.full(len(lanes), constant, dtype)
-        special = self._special(operand)
-        if special is not None:
-            return lambda lanes: special[lanes].astype(dtype)
+        if operand in self.special:
+            special = self.special[operand].astype(dtype)
+            return lambda lanes: special[lanes]
         if operand in self.symbols:
             return lambda lanes: np.full(len(lanes), self.symbols[operand], np.uint64).astype(dtype)
         held = self.register(operand)
@@ -141,12 +141,12 @@ class Block:
             raise Fault(f"{operand} has {held.dtype.itemsize} bytes, read as {kind}")
         return lambda lanes: held[lanes].astype(BITS[dtype.itemsize]).view(dtype)
 
-    def _special(self, operand: str) -> Array | None:
-        ones = np.ones(self.threads, np.uint32)
-        known = {"%tid.x": self.all, "%ntid.x": self.threads * ones, "%laneid": self.all % 32, "WARP_SZ": 32 * ones}
+    def _special_registers(self) -> dict[str, Array]:
+        threads, ones = np.arange(self.threads), np.ones(self.threads, np.uint32)
+        known = {"%tid.x": threads, "%ntid.x": self.threads * ones, "%laneid": threads % 32, "WARP_SZ": 32 * ones}
         for axis, place, count in zip("xyz", self.index, self.grid):
             known |= {f"%ctaid.{axis}": place * ones, f"%nctaid.{axis}": count * ones}
-        return known.get(operand)
+        return known
 
     def target(self, operand: str) -> Callable[[Array, Array], None]:
         """Writes bits to a register of whatever width; ``_`` takes nothing."""
@@ -233,7 +233,7 @@ class Block:
                     operation(self, active)
                 except Fault as fault:
                     raise Fault(f"{self.kernel.name}, block {self.index}: {instruction.text}: {fault}") from None
-                self.executed[".".join(instruction.parts)] += warps if active is lanes else len(np.unique(active // 32))
+                self.executed[instruction.parts[0]] += warps if active is lanes else len(np.unique(active // 32))
             pc += 1
             if instruction.parts[0] in MOVES or pc in self.stops:
                 return

@@ -43,18 +43,10 @@ class Kernel:
     tables: dict[str, list[str]] = field(default_factory=dict)
     variables: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     """Name to state space, alignment and bytes; a size of 0 is dynamic shared memory."""
-    threads: int | None = None
 
     @property
     def param_bytes(self) -> int:
         return max((param.offset + param.size for param in self.params), default=0)
-
-
-@dataclass
-class Module:
-    target: str
-    kernels: dict[str, Kernel]
-    variables: dict[str, tuple[str, int, int]]
 
 
 _VARIABLE = re.compile(
@@ -62,23 +54,23 @@ _VARIABLE = re.compile(
 )
 
 
-def parse(text: str) -> Module:
-    """The kernels of one PTX module."""
+def parse(text: str) -> dict[str, Kernel]:
+    """The kernels of one PTX module, by name."""
     text = re.sub(r"/\*.*?\*/", "", re.sub(r"//[^\n]*", "", text), flags=re.S)
     text = re.sub(r"^\s*\.(?:loc|file|section|version|address_size)\b.*$", "", text, flags=re.M)
     text = text.split(".section")[0]
-    target = re.search(r"\.target\s+(\w+)", text)
-    if target is None:
+    if not re.search(r"\.target\s+\w+", text):
         raise ValueError("expected PTX with a .target")
-    module = Module(target[1], {}, {})
+    kernels: dict[str, Kernel] = {}
+    shared: dict[str, tuple[str, int, int]] = {}  # by all kernels of the module
     entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*\(", text))
     for statement in re.split(r"[;{}]", text[: entries[0].start()] if entries else text):
-        _declare(statement, module.variables)
+        _declare(statement, shared)
     for at, until in zip(entries, [*(e.start() for e in entries[1:]), len(text)]):
         kernel = _kernel(at[1], text[at.end() : until])
-        kernel.variables = module.variables | kernel.variables
-        module.kernels[kernel.name] = kernel
-    return module
+        kernel.variables = shared | kernel.variables
+        kernels[kernel.name] = kernel
+    return kernels
 
 
 def _declare(statement: str, variables: dict[str, tuple[str, int, int]]) -> bool:
@@ -105,10 +97,7 @@ def _kernel(name: str, text: str) -> Kernel:
         offset = -(-offset // step) * step
         kernel.params.append(Param(own, offset, size))
         offset += size
-    directives, _, body = rest.partition("{")
-    threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", directives)
-    kernel.threads = int(threads[1]) if threads else None
-    _body(kernel, body)
+    _body(kernel, rest.partition("{")[2])
     return kernel
 
 

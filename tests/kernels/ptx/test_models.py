@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from prunevit.runtime import Runtime
 from prunevit_kernels._aot import compiling_for
 from prunevit_kernels._launch import Call
 from prunevit_kernels.fused_mlp import _cuda
+from tests.accuracy import held_to_eager
 from tests.kernels.cuda.emulation import H100
 from tests.specs import SPECS, random_images, random_model
 
@@ -26,23 +26,14 @@ MODELS = ["every_head_its_own_width", "no_heads_at_the_end", "partial_writes_wit
 ADVERSE = Timing(late=True, order=11)
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).abs().max() / want.abs().max())
-
-
 def check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most twice what the same model is wrong by in eager PyTorch in bf16, and its last places."""
     bf16 = torch.bfloat16
     model, images = random_model(SPECS[name]).to(bf16).float(), random_images(SPECS[name], batch=2).to(bf16).float()
     monkeypatch.setattr(Call, "load", lambda call: partial(run_triton, call, DeviceMemory(), ADVERSE))
     with compiling_for(90, bf16) as target:
         monkeypatch.setattr("prunevit.runtime.runtime.choose_target", lambda *arguments: target)
         got = Runtime(model)(images)
-    with torch.no_grad():
-        rounded = model.to(bf16)
-        eager = rounded(images.to(bf16))
-        exact = rounded.double()(images.double())
-    assert error(got, exact) <= 2 * error(eager, exact) + 4 * torch.finfo(bf16).eps
+    held_to_eager(model, images, got, bf16)
 
 
 @pytest.mark.parametrize("name", MODELS)

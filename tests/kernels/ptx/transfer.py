@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from .machine import Array, Block, Copy, Operation, in_window, translates, vector
@@ -28,27 +30,32 @@ def _where(space: str, at: Array) -> tuple[str, Array]:
     return space, at
 
 
+def _elements(space: str, at: Array, size: int, count: int) -> Iterator[tuple[str, Array]]:
+    """The space and the addresses of each element of a vector, which is aligned as a whole."""
+    here, at = _where(space, at)
+    aligned(at, size * count)
+    for i in range(count):
+        yield here, at + np.uint64(i * size)
+
+
 @translates("ld", "ldu")
 def _load(block: Block, given: Instruction) -> Operation:
     space, count, kind = _space(given), _count(given), given.parts[-1]
     size = size_of(kind)
     dtype = f"{'i' if kind[0] == 's' else 'u'}{size}"
-    targets = [block.target(o) for o in (vector(given.operands[0]))]
+    targets = [block.target(o) for o in vector(given.operands[0])]
     address = block.address(given.operands[1])
     params = np.frombuffer(block.params + bytes(8), np.uint8)
 
     def load(block: Block, lanes: Array) -> None:
-        here, at = _where(space, address(lanes))
-        aligned(at, size * count)
-        for i, to in enumerate(targets):
-            each = at + np.uint64(i * size)
+        for to, (here, at) in zip(targets, _elements(space, address(lanes), size, count), strict=True):
             if here == "param":
-                offsets = (each - np.uint64(PARAM_WINDOW)).astype(np.int64)
+                offsets = (at - np.uint64(PARAM_WINDOW)).astype(np.int64)
                 to(lanes, params[offsets[:, None] + np.arange(size)].view(dtype)[:, 0])
             elif here == "shared":
-                to(lanes, block.shared.read(each, dtype))
+                to(lanes, block.shared.read(at, dtype))
             elif here == "global":
-                to(lanes, block.memory.read(each, dtype))
+                to(lanes, block.memory.read(at, dtype))
             else:
                 raise Fault(f"{here} memory is not known here")
 
@@ -62,14 +69,11 @@ def _store(block: Block, given: Instruction) -> Operation:
     sources = [block.source(o, f"u{8 * size}") for o in vector(given.operands[1])]
 
     def store(block: Block, lanes: Array) -> None:
-        here, at = _where(space, address(lanes))
-        aligned(at, size * count)
-        for i, value in enumerate(sources):
-            each = at + np.uint64(i * size)
+        for value, (here, at) in zip(sources, _elements(space, address(lanes), size, count), strict=True):
             if here == "shared":
-                block.shared.write(each, value(lanes), lanes)
+                block.shared.write(at, value(lanes), lanes)
             elif here == "global":
-                block.memory.write(each, value(lanes))
+                block.memory.write(at, value(lanes))
             else:
                 raise Fault(f"stores to {here} memory are not known here")
 
