@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -97,8 +97,14 @@ class CudaGraphs(OnStreams):
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
+        self._kept: torch.cuda.CUDAGraph | None = None
 
     def record(self, run: Launch) -> Launch:
+        if self._kept is None:  # PyTorch ends a pool with the last of its graphs: this one is never launched, and stays
+            self._kept = self._captured(torch.zeros(1, device=self.device).zero_)
+        return self._captured(run).replay
+
+    def _captured(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
@@ -110,7 +116,7 @@ class CudaGraphs(OnStreams):
             finally:
                 graph.capture_end()
         current.wait_stream(self._stream)
-        return graph.replay
+        return graph
 
 
 def recorder_for(target: Target, cuda_graphs: bool) -> Recorder:
