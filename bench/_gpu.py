@@ -59,18 +59,20 @@ def measure(
     seconds: float = 0.1,
     tuning: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
-) -> list[dict[str, Any]]:
-    """Rows of all implementations for some works, timed in turn."""
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows of all implementations for some works, timed in turn; and why peers failed that have no rows."""
     job = {"kind": kind, "works": works, "device": device, "dtype": dtype, "tuning": tuning and str(tuning)}
     program = (str(Path(__file__).with_name("_gpu_worker.py")),)
     peers = [Peer(impl, job, program) for impl in impls]
     probe = Peer("peak", job, program)
     everyone = [*peers, probe]
     # all start at once; a lock lets one build at a time
-    run_interleaved(
-        everyone, threads=4, rounds=rounds, seconds=seconds * len(works), progress=progress, at_once=len(everyone)
-    )
-    return rows_of(kind, works, peers, probe.facts)
+    failed = run_interleaved(
+        everyone, threads=4, rounds=rounds, seconds=seconds * len(works), progress=progress, at_once=len(everyone),
+        dispensable={impl for impl in impls if not impl.startswith("prunevit")},
+    )  # fmt: skip
+    ran = [peer for peer in peers if peer.name not in failed]
+    return rows_of(kind, works, ran, probe.facts), {impl: str(failure) for impl, failure in failed.items()}
 
 
 def rows_of(kind: str, works: list[Work], peers: list[Peer], peaks: dict[str, Any]) -> list[dict[str, Any]]:
@@ -225,19 +227,23 @@ def bench(
     impls: Sequence[str] | None = None, device: str = "cuda", rounds: int = 7, tuning: Path | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure shape after shape until the limit; print the table, write the files."""
-    begun, rows = time.monotonic(), list[dict[str, Any]]()
+    begun, rows, failed = time.monotonic(), list[dict[str, Any]](), dict[str, dict[str, str]]()
     left = list(names)
     while left and (not rows or time.monotonic() - begun < limit):
         name = left.pop(0)
         with console.status("") as status:
             works = works_of(kind, name, batches)
             label = f"{kind}, {name}: "
-            rows += measure(
+            measured, left_out = measure(
                 kind, works, impls or IMPLS[kind], device=device, dtype=dtype, rounds=rounds, tuning=tuning,
                 progress=lambda text, label=label: status.update(label + text),
             )  # fmt: skip
+        rows += measured
+        for reason in left_out.values():
+            console.print(f"[yellow]{name}, left out:[/] {reason}")
+        failed |= {name: left_out} if left_out else {}
         if out is not None:
-            write(kind, {"environment": environment(dtype), "rows": rows}, out)
+            write(kind, {"environment": environment(dtype), "failed": failed, "rows": rows}, out)
     Console(width=150).print(table_of(rows))
     if kind == "fused_mlp":
         Console(width=150).print(kernels_of(rows))

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ..errors import PrunevitError
 
+_ERROR = re.compile(r"[\w.]+(Error|Exception|Failed|Refused)\b")
 BUILT_AT_ONCE = 2  # most of what starting takes is one thread's importing
 
 
@@ -62,8 +66,9 @@ class Peer:
         """Run for about ``seconds`` and note the times."""
         os.kill(self.process.pid, signal.SIGCONT)
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{seconds}\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended since: its answer says so
+            self.process.stdin.write(f"{seconds}\n")
+            self.process.stdin.flush()
         self.samples.append(self._answer()["ms"])
         self._pause()
 
@@ -84,7 +89,7 @@ class Peer:
                 answer: dict[str, Any] = json.loads(line)
                 return answer
         self.words.seek(0)
-        raise PeerFailed(f"{self.name}: {self.words.read().strip().splitlines()[-1:]}")
+        raise PeerFailed(f"{self.name}: {_last_words(self.words.read())}")
 
     @property
     def times(self) -> list[float]:
@@ -95,6 +100,12 @@ class Peer:
         return self.times[min(int(q * len(self.times)), len(self.times) - 1)]
 
 
+def _last_words(said: str) -> str:
+    """The last line that names an error, or the last one."""
+    lines = said.strip().splitlines()
+    return next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1] if lines else "ended silently")
+
+
 def run_interleaved(
     peers: Sequence[Peer],
     *,
@@ -103,9 +114,25 @@ def run_interleaved(
     seconds: float = 0.4,
     progress: Callable[[str], None] = lambda _: None,
     at_once: int = BUILT_AT_ONCE,
-) -> None:
-    """Build every peer, ``at_once`` together, then let them run in turn; the order is reversed every other round."""
+    dispensable: Container[str] = (),
+) -> dict[str, PeerFailed]:
+    """Build every peer, ``at_once`` together, then let them run in turn; the order is reversed every other round.
+
+    The first peer that fails ends it (:class:`PeerFailed`), unless its name is ``dispensable``: such a one is left out
+    from then on. Returns what those failed of.
+    """
     started: list[Peer] = []
+    failed: dict[str, PeerFailed] = {}
+
+    def tried(peer: Peer, step: Callable[[], None]) -> None:
+        try:
+            if peer.name not in failed:
+                step()
+        except PeerFailed as failure:
+            if peer.name not in dispensable:
+                raise
+            failed[peer.name] = failure
+
     try:
         for first in range(0, len(peers), at_once):
             group = peers[first : first + at_once]
@@ -114,15 +141,16 @@ def run_interleaved(
                 peer.start(threads)
                 started.append(peer)
             for peer in group:
-                peer.ready()
+                tried(peer, peer.ready)
         for r in range(rounds):
             progress(f"round {r + 1} of {rounds}")
             for peer in peers if r % 2 == 0 else list(reversed(peers)):
-                peer.round(seconds)
+                tried(peer, partial(peer.round, seconds))
                 time.sleep(0.01)
     finally:
         for peer in started:
             peer.stop()
+    return failed
 
 
 def speedup(ours: Peer, other: Peer) -> float:

@@ -51,6 +51,22 @@ def test_a_peer_that_ends_early_is_named() -> None:
     assert broken.process.poll() is not None
 
 
+ANSWERS = """print('{"ms": [1.0]}', flush=True)"""
+
+
+def test_a_dispensable_peer_that_fails_is_left_out() -> None:
+    words = "import sys; sys.stderr.write('torch.X.CompileError: no room\\n\\nSet A_VARIABLE=1 for more'); sys.exit(1)"
+    good = Peer("prunevit", {}, program=("-c", f"import sys; {ANSWERS}\nfor _ in sys.stdin: {ANSWERS}"))
+    never = Peer("compiled", {}, program=("-c", words))
+    once = Peer("eager", {}, program=("-c", f"import sys; {ANSWERS}; next(sys.stdin); {words}"))
+    failed = run_interleaved([good, never, once], threads=1, rounds=3, dispensable={"compiled", "eager"})
+    assert {name: str(failure) for name, failure in failed.items()} == {
+        "compiled": "compiled: torch.X.CompileError: no room",
+        "eager": "eager: torch.X.CompileError: no room",
+    }
+    assert len(good.samples) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
