@@ -108,21 +108,19 @@ def _copy(block: Block, given: Instruction) -> Operation:
     take = block.source(given.operands[3] if len(given.operands) > 3 else str(size), "u32")
 
     def copy(block: Block, lanes: Array) -> None:
-        taken = {
-            thread: (at, start, length)
-            for thread, at, start, length in zip(lanes.tolist(), to(lanes), source(lanes), take(lanes).tolist())
-        }
-        aligned(np.array([at for at, _, _ in taken.values()]), size)
-        aligned(np.array([start for _, start, length in taken.values() if length], np.uint64), size)
+        by, at, start, length = lanes.copy(), to(lanes), source(lanes), take(lanes)
+        aligned(at, size)
+        aligned(start[length > 0], size)
 
         def land(threads: Array) -> None:
-            for thread in threads.tolist():
-                at, start, length = taken[thread]
-                data = np.zeros(size, np.uint8)
-                if length:
-                    data[:length] = block.memory.read(start + np.arange(length, dtype=np.uint64), "u1")
-                (offset,) = block.shared.offsets(np.array([at]), size)
-                block.shared.data[offset : offset + size] = data
+            rows = np.searchsorted(by, threads)  # lanes are in order
+            data, whole = np.zeros((len(rows), size), np.uint8), length[rows] == size
+            if whole.any():
+                data[whole] = block.memory.read(start[rows[whole]], f"V{size}").view(np.uint8).reshape(-1, size)
+            for row in np.flatnonzero(~whole & (length[rows] > 0)):
+                some = np.arange(length[rows[row]], dtype=np.uint64)
+                data[row, : len(some)] = block.memory.read(start[rows[row]] + some, "u1")
+            block.shared.data[block.shared.offsets(at[rows], size)[:, None] + np.arange(size)] = data
 
         if block.timing.late:
             block.copies.append(Copy(lanes.copy(), block.copy_groups[lanes], land))

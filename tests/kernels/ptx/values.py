@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 Array = np.ndarray
@@ -44,6 +46,7 @@ def flushed(values: Array) -> Array:
     return np.where(np.abs(values) < np.finfo(np.float32).tiny, np.float32(0), values)
 
 
+@cache
 def immediate(text: str) -> int | float | None:
     """A literal's value, or None."""
     if text[:2] in ("0f", "0F"):
