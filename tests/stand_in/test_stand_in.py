@@ -14,6 +14,8 @@ import setup_cuda
 
 from .build import environment
 
+pytestmark = pytest.mark.timeout(1200)  # several tests in one, the first of them compile
+
 ORDERS = ["late", "early", "7"]
 RUNTIME = "tests/runtime/test_on_gpu.py"
 
@@ -27,7 +29,7 @@ def needed() -> None:
 
 
 def run(order: str, *arguments: str) -> None:
-    pytest_ = [sys.executable, "-m", "pytest", "-p", "tests.stand_in.plugin", "-p", "no:cacheprovider"]
+    pytest_ = [sys.executable, "-m", "pytest", "-p", "tests.stand_in.plugin", "-p", "no:cacheprovider", "--timeout=900"]
     done = subprocess.run(
         [*pytest_, "-m", "gpu", *arguments],
         env=environment(order),
