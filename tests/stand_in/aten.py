@@ -20,7 +20,7 @@ from .device import StandIn
 # what PyTorch does to a tensor without its memory, or to memory through the stand-in's runtime
 _AS_THEY_ARE = {
     "as_strided", "empty", "empty_strided", "is_set_to", "record_stream", "resize_", "set_", "unfold", "view",
-    "_efficientzerotensor", "_local_scalar_dense", "_pin_memory", "_record_stream", "_resize_output_", "_reshape_alias",
+    "_efficientzerotensor", "_pin_memory", "_record_stream", "_resize_output_", "_reshape_alias",
     "_sparse_coo_tensor_with_dims", "is_pinned", "_copy_from_and_resize", "view_as_real", "view_as_complex",
 }  # fmt: skip
 _OF_ALL_DEVICES = ["aten::copy_", "aten::convolution"]  # kernels that ask for the device's own
@@ -37,6 +37,13 @@ def twin(tensor: Tensor) -> Tensor:
     return flat.as_strided(tensor.shape, tensor.stride())
 
 
+def _generator(given: torch.Generator) -> torch.Generator:
+    """One of the CPU's, seeded by where the GPU's stands, which moves on."""
+    offset = given.get_offset()
+    given.set_offset(offset + 4)
+    return torch.Generator().manual_seed(hash((given.initial_seed(), offset)) % 2**63)
+
+
 def _each(kind: Callable[[Tensor], Tensor], given: Any) -> Any:
     """Tensors on the GPU through ``kind``, and everything else as it is, but for the GPU as an argument."""
 
@@ -46,7 +53,7 @@ def _each(kind: Callable[[Tensor], Tensor], given: Any) -> Any:
         if isinstance(value, torch.device) and value.type == "cuda":
             return torch.device("cpu")
         if isinstance(value, torch.Generator) and value.device.type == "cuda":
-            return torch.Generator().manual_seed(value.initial_seed())
+            return _generator(value)
         return value
 
     return tree_map(one, given)
@@ -78,7 +85,7 @@ class Operators:
             for name in [*_OF_ALL_DEVICES, *named]:
                 space, _, operator = name.partition("::")
                 packet, _, overload = operator.partition(".")
-                if space == "aten" and packet not in _AS_THEY_ARE - _ANSWERS:
+                if space == "aten" and packet not in _AS_THEY_ARE:
                     op = getattr(getattr(torch.ops.aten, packet), overload or "default")
                     self.library.impl(operator, self._kernel(op, packet), "CUDA")
 

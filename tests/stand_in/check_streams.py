@@ -88,6 +88,13 @@ def test_pageable_memory_is_read_at_once_and_pinned_memory_later() -> None:
         assert x.cpu().unique().item() in ((2,) if pinned and LATE else (1, 2) if pinned else (1,))
 
 
+def test_random_numbers_go_on_from_draw_to_draw() -> None:
+    first, second = (torch.Generator("cuda").manual_seed(5) for _ in range(2))
+    draws = [torch.randn(8, generator=generator, device="cuda") for generator in (first, first, second)]
+    assert not torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[0], draws[2])
+
+
 def test_a_graph_is_replayed_in_order() -> None:
     x, graph = full(1), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
