@@ -27,7 +27,7 @@ def _linked(target: Path, objects: list[Path], link: Callable[[Path], object]) -
 def compile_library() -> Path:
     """The driver and the runtime, of CUDA 13; nvcc knows where its headers are."""
     nvcc = [str(setup_cuda.find_nvcc()), "-std=c++17", "-O1", "-Xcompiler=-fPIC,-Wall,-Werror"]
-    own, sources = list(HERE.glob("*.h")), sorted(HERE.glob("*.cpp"))
+    own, sources = [*HERE.glob("*.h"), HERE.parent / "kernels/ptx/registered.h"], sorted(HERE.glob("*.cpp"))
     objects = [setup_cuda.compile_once(nvcc, source, BUILT / f"{source.stem}.o", own) for source in sources]
     command = ["g++", "-shared", *map(str, objects), "-Wl,-soname,libcuda.so.1", "-ldl", "-o"]
     return _linked(BUILT / "libcuda.so.1", objects, lambda target: setup_cuda.run([*command, str(target)]))

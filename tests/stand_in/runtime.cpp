@@ -5,19 +5,14 @@
 
 #include <cstdio>
 #include <cstring>
-#include <unordered_map>
 
+#include "../kernels/ptx/registered.h"
 #include "streams.h"
 
 Device device;
 
 namespace {
 
-std::mutex door;
-std::unordered_map<const void*, std::string>& kernels() {  // by the host's stand-in for each
-    static std::unordered_map<const void*, std::string> known;
-    return known;
-}
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local dim3 configured_grid, configured_block;
 thread_local size_t configured_shared;
@@ -67,16 +62,6 @@ int stand_in_enqueue(void* stream, int work) {
                        [work] { return device.run(work) ? cudaSuccess : cudaErrorIllegalAddress; });
 }
 
-void** __cudaRegisterFatBinary(void*) {
-    static void* handle;
-    return &handle;
-}
-void __cudaRegisterFatBinaryEnd(void**) {}
-void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
-    std::lock_guard<std::mutex> guard(door);
-    kernels()[host] = name;
-}
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void* stream) {
     configured_grid = grid, configured_block = block, configured_shared = shared, configured_stream = stream;
@@ -96,17 +81,15 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 }
 
 cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t stream) {
-    std::string name;
-    {
-        std::lock_guard<std::mutex> guard(door);
-        name = kernels()[host];
+    const auto found = kernels().find(host);
+    if (found == kernels().end()) {
+        return last_error = cudaErrorInvalidDeviceFunction;
     }
     const unsigned blocks[] = {grid.x, grid.y, grid.z}, threads[] = {block.x, block.y, block.z};
     return last_error = static_cast<cudaError_t>(
-               launch_kernel(name.c_str(), nullptr, blocks, threads, args, shared, stream));
+               launch_kernel(found->second.c_str(), nullptr, blocks, threads, args, shared, stream));
 }
 cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute which, int value) {
-    std::lock_guard<std::mutex> guard(door);
     const bool fits = which != cudaFuncAttributeMaxDynamicSharedMemorySize || value <= device.shared_limit;
     return kernels().count(host) && fits ? cudaSuccess : cudaErrorInvalidValue;
 }

@@ -1,8 +1,8 @@
 // A stand-in for CUDA's runtime library, to link the extension's own objects with: every launch goes to a function
 // that Python sets. Nothing of CUDA is needed to build it.
 #include <cstddef>
-#include <map>
-#include <string>
+
+#include "registered.h"
 
 namespace {
 
@@ -12,12 +12,6 @@ struct Dim3 {
 
 using Launched = void (*)(const char* kernel, const unsigned* grid, unsigned threads, const void* arguments,
                           size_t shared_bytes);
-
-// By the host's stand-in for each. Objects register theirs before this file's own globals are made.
-std::map<const void*, std::string>& kernels() {
-    static std::map<const void*, std::string> known;
-    return known;
-}
 
 Launched launched = nullptr;
 int multiprocessors = 132, capability = 90, shared_limit = 227 * 1024;
@@ -33,15 +27,6 @@ void emulate_gpu(int sm, int count, int shared, Launched function) {
     capability = sm, multiprocessors = count, shared_limit = shared, launched = function;
 }
 
-void** __cudaRegisterFatBinary(void*) {
-    static void* handle;
-    return &handle;
-}
-void __cudaRegisterFatBinaryEnd(void**) {}
-void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
-    kernels()[host] = name;
-}
 // what <<<>>> would call; the extension has none
 int __cudaGetKernel(void**, const void*) { return kNotReady; }
 int __cudaLaunchKernel(void*, Dim3, Dim3, void**, size_t, void*) { return kNotReady; }
