@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunevit.runtime import Runtime
 from prunevit.runtime.graphs import OnStreams
-from prunevit_kernels._configs import CUDA_MLP_KERNELS
+from prunevit_kernels._configs import MLP_KERNELS
 from prunevit_kernels.fused_mlp._cuda import KERNEL_VARIABLE
 from tests.accuracy import held_to_eager
 from tests.specs import SPECS, random_images, random_model
@@ -35,7 +35,7 @@ def outputs(runtime: Runtime, several: list[Tensor]) -> list[Tensor]:
     return got
 
 
-@pytest.mark.parametrize("kernel", CUDA_MLP_KERNELS)
+@pytest.mark.parametrize("kernel", MLP_KERNELS)
 def test_a_whole_model_by_every_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KERNEL_VARIABLE, kernel)
     model, images = random_model(SPECS[NAME]).bfloat16().float(), random_images(SPECS[NAME], 2).cuda()
