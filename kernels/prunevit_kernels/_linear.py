@@ -71,6 +71,9 @@ def multiply(
             x = x.to(tl.float32) - pivot[:, None]
             sums += _by_eights(x)
             squares += _by_eights(x * x)
+            # Waits for the product. Triton gives a tile that is not multiplied alone no slot for a product still in
+            # flight: the copy of the step after the next would land in what is being multiplied.
+            acc += 0.0
     if NORM:
         deviation = tl.sum(sums, 1)
         m2 = tl.sum(squares, 1)

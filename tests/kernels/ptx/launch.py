@@ -17,7 +17,7 @@ from .machine import Block, Timing, arguments
 from .memory import DeviceMemory
 from .parse import Kernel, parse
 
-TOGETHER = Timing(late=False)
+TOGETHER = Timing()
 """Warps together, everything asynchronous at once."""
 
 

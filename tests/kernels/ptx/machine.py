@@ -26,8 +26,10 @@ READY, WAITING, GONE = 0, 1, 2
 class Timing:
     """When things happen that PTX leaves open."""
 
-    late: bool
-    """Asynchronous work takes effect when it is waited for, not when it is issued."""
+    late_copies: bool = False
+    """Asynchronous copies take effect when they are waited for, not when they are issued."""
+    late_products: bool = False
+    """So do wgmma's products: with copies at once, what overwrites an operand that is still being read shows."""
     order: int | None = None
     """A seed for the order of warps; None: all warps at one place run together."""
 

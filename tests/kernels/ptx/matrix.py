@@ -140,7 +140,7 @@ def _wgmma(block: Block, given: Instruction) -> Operation:
                 for to, value in zip(targets, _into_registers(sums)):
                     to(threads, value)
 
-            if block.timing.late:
+            if block.timing.late_products:
                 block.products[warp].append(product)
             else:
                 product()

@@ -24,7 +24,8 @@ from .launch import TOGETHER
 from .machine import Timing
 
 GUARD = 40
-ADVERSE = Timing(late=True, order=3)
+ADVERSE = Timing(late_copies=True, late_products=True, order=3)
+OVERWRITING = Timing(late_products=True, order=4)
 
 
 def check(
@@ -52,7 +53,7 @@ def check(
     return str(plan.kernel)
 
 
-@pytest.mark.parametrize("timing", [TOGETHER, ADVERSE], ids=["together", "adverse"])
+@pytest.mark.parametrize("timing", [TOGETHER, ADVERSE, OVERWRITING], ids=["together", "adverse", "overwriting"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel(extension: EmulatedExtension, kernel: str, timing: Timing) -> None:
     """snp_deit_tiny.block11 on three SMs: few row tiles, so that `split` and the GEMMs divide the hidden width."""
@@ -77,9 +78,27 @@ def test_the_kernel_that_the_table_chooses(extension: EmulatedExtension, gpu: Gp
 
 
 def test_a_second_row_tile(extension: EmulatedExtension) -> None:
-    """Past 128 rows the next block begins, and its rows end within a tile."""
+    """Past 128 rows the next tile begins, and its rows end within it."""
     for kernel in ("wgmma", "wgmma_gemms"):
         check(extension, draw(64, 96, act="relu"), 140, kernel, ONE_SM)
+
+
+@pytest.mark.parametrize("timing", [ADVERSE, OVERWRITING], ids=["adverse", "overwriting"])
+@pytest.mark.parametrize(("embed", "hidden"), [(21, 83), (330, 65)])
+def test_several_row_tiles_a_block(extension: EmulatedExtension, embed: int, hidden: int, timing: Timing) -> None:
+    """One block after another takes five tiles, two or three each, its weights again and again."""
+    check(extension, draw(embed, hidden, act="relu"), 530, "wgmma", Gpu(90, 2, H100.shared_limit), timing)
+
+
+def test_a_smaller_shape_bound_later(extension: EmulatedExtension) -> None:
+    """What one launch takes of shared memory must not become the limit of all."""
+    extension.be(ONE_SM)
+    ops = [rounded(draw(embed, 20), torch.bfloat16) for embed in (190, 30)]
+    x = [torch.full((1, 3, 192), 3.0, dtype=torch.bfloat16)[..., : op.embed_dim] for op in ops]
+    mlps = [extension.pack(op, stand_in_target(torch.bfloat16)) for op in ops]
+    for kernel in KERNELS:
+        bound = [mlp._bound(rows, mlp._planned(rows, kernel)).args for mlp, rows in zip(mlps, x, strict=True)]
+        extension.launch(bound[0][0], bound[0][2])
 
 
 def test_instructions_are_counted(extension: EmulatedExtension) -> None:

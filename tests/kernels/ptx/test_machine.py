@@ -9,7 +9,7 @@ from .launch import run
 from .machine import Timing
 from .memory import DeviceMemory, Fault
 
-LATE, EARLY = Timing(late=True), Timing(late=False)
+LATE, EARLY = Timing(late_copies=True, late_products=True), Timing()
 
 
 def kernel(body: str) -> str:
@@ -55,7 +55,7 @@ COPY = "cp.async.cg.shared.global [%r4], [%rd4], 16; cp.async.commit_group;"
 FETCH = "ld.shared.v4.b32 {%r5, %r6, %r7, %r8}, [%r4]; st.global.v4.b32 [%rd5], {%r5, %r6, %r7, %r8};"
 
 
-@pytest.mark.parametrize("timing", [EARLY, LATE, Timing(late=True, order=1)], ids=str)
+@pytest.mark.parametrize("timing", [EARLY, LATE, Timing(late_copies=True, late_products=True, order=1)], ids=str)
 def test_a_copy_that_is_waited_for_is_there(timing: Timing) -> None:
     assert launch(COPY + "cp.async.wait_group 0;" + FETCH, timing).tolist() == list(range(128))
 
@@ -126,7 +126,7 @@ def product(body: str, timing: Timing = LATE) -> torch.Tensor:
     return out.view(torch.float32)
 
 
-@pytest.mark.parametrize("timing", [EARLY, LATE, Timing(late=True, order=1)], ids=str)
+@pytest.mark.parametrize("timing", [EARLY, LATE, Timing(late_copies=True, late_products=True, order=1)], ids=str)
 @pytest.mark.parametrize("fenced", [FENCE + BARRIER, BARRIER + FENCE], ids=["by_the_writer", "by_the_reader"])
 def test_wgmma_multiplies_what_was_published(timing: Timing, fenced: str) -> None:
     assert (product(fenced + DESCRIBE + PRODUCT + WAIT + KEEP, timing) == 16).all()

@@ -11,22 +11,36 @@ from functools import partial
 import pytest
 import torch
 
+from prunevit_kernels import _configs
 from prunevit_kernels._aot import compiling_for
+from prunevit_kernels._configs import Tile
 from prunevit_kernels._launch import Call
 from tests.kernels.half_precision import check
-from tests.kernels.half_precision_cases import EVERY_CASE, named
+from tests.kernels.half_precision_cases import EVERY_CASE, linear_residual, named, norm_linear
 
 from .launch import run_triton
 from .machine import Timing
 from .memory import DeviceMemory
 
-ADVERSE = Timing(late=True, order=7)
+ADVERSE = Timing(late_copies=True, late_products=True, order=7)
+OVERWRITING = Timing(late_products=True, order=8)
 # what has tensor cores or shared memory differs between the two; one of each such kind on the older one
 ON_SM_80 = [
     "ragged_attention.mixed_up_to_64", "ragged_attention.tails_of_32_and_16", "ragged_attention.one_query",
     "norm_linear.width_89_to_35", "linear_residual.width_40_from_89", "fused_mlp.reads_and_writes_some",
     "patch_embed.patch_14", "token_scores.class_token", "select_tokens.longer_than_a_tile",
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("timing", [ADVERSE, OVERWRITING], ids=["adverse", "overwriting"])
+@pytest.mark.parametrize("op", ["norm_linear", "linear_residual"])
+def test_tiles_of_wgmma(op: str, timing: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What 512 rows and more are cut into: copies must stay ahead of products, and not run over them."""
+    case = norm_linear(307, 64, b=1, n=64) if op == "norm_linear" else linear_residual(64, 307, b=1, n=64)
+    monkeypatch.setattr(_configs, "chosen", lambda *_: Tile(64, 64, warps=4, stages=3))
+    monkeypatch.setattr(Call, "load", lambda call: partial(run_triton, call, DeviceMemory(), timing))
+    with compiling_for(90, torch.bfloat16) as target:
+        check(case, target)
 
 
 @pytest.mark.parametrize(

@@ -84,16 +84,20 @@ def _store(block: Block, given: Instruction) -> Operation:
 def _prefetch(block: Block, given: Instruction) -> Operation:
     """A hint; but an address that is no one's is a mistake."""
     address = block.address(given.operands[0])
+    length = block.source(given.operands[1] if len(given.operands) > 1 else "1", "u32")
 
     def prefetch(block: Block, lanes: Array) -> None:
-        for at in address(lanes):
-            block.memory.at(int(at))
+        for at, size in zip(address(lanes).tolist(), length(lanes).tolist(), strict=True):
+            block.memory.at(at)
+            block.memory.at(at + size - 1)
 
     return prefetch
 
 
 @translates("cp")
 def _copy(block: Block, given: Instruction) -> Operation:
+    if "prefetch" in given.parts:
+        return _prefetch(block, given)
     if "bulk" in given.parts:
         return _bulk_copy(block, given)
     if "commit_group" in given.parts:
@@ -120,9 +124,9 @@ def _copy(block: Block, given: Instruction) -> Operation:
             for row in np.flatnonzero(~whole & (length[rows] > 0)):
                 some = np.arange(length[rows[row]], dtype=np.uint64)
                 data[row, : len(some)] = block.memory.read(start[rows[row]] + some, "u1")
-            block.shared.data[block.shared.offsets(at[rows], size)[:, None] + np.arange(size)] = data
+            block.shared.replace(at[rows], data)
 
-        if block.timing.late:
+        if block.timing.late_copies:
             block.copies.append(Copy(lanes.copy(), block.copy_groups[lanes], land))
         else:
             land(lanes)
@@ -166,7 +170,7 @@ def _bulk_copy(block: Block, given: Instruction) -> Operation:
                 block.barriers[key].bytes -= size
                 block.barriers[key].settle()
 
-            if block.timing.late:
+            if block.timing.late_copies:
                 block.bulk.append((key, land))
             else:
                 land()
