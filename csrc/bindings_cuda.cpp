@@ -161,7 +161,8 @@ public:
         }
         if (plan.splits > 1) launches_.push_back(reduce_launch(type, shape));
         const OnDevice here(device_, plan_, shape);
-        for (const Launch& launch : launches_) prepare(launch, plan_, shape);
+        const int limit = device_of(device_).shared_limit;
+        for (const Launch& launch : launches_) prepare(launch, limit, plan_, shape);
     }
 
     void launch(uintptr_t stream) const {

@@ -25,8 +25,10 @@ struct Launch {
     int shared;
 };
 
-inline void prepare(const Launch& launch, const Plan& plan, const Shape& shape) {
-    check(cudaFuncSetAttribute(launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared),
+// The attribute is the function's, not the launch's: were it set to what this launch takes, a smaller shape bound later
+// would lower it for this one.
+inline void prepare(const Launch& launch, int shared_limit, const Plan& plan, const Shape& shape) {
+    check(cudaFuncSetAttribute(launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit),
           "cudaFuncSetAttribute", plan, shape);
 }
 

@@ -86,12 +86,19 @@ cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arg
         return last_error = cudaErrorInvalidDeviceFunction;
     }
     const unsigned blocks[] = {grid.x, grid.y, grid.z}, threads[] = {block.x, block.y, block.z};
+    if (shared > static_cast<size_t>(found->second.shared_limit)) {
+        return last_error = cudaErrorInvalidValue;
+    }
     return last_error = static_cast<cudaError_t>(
-               launch_kernel(found->second.c_str(), nullptr, blocks, threads, args, shared, stream));
+               launch_kernel(found->second.name.c_str(), nullptr, blocks, threads, args, shared, stream));
 }
 cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute which, int value) {
-    const bool fits = which != cudaFuncAttributeMaxDynamicSharedMemorySize || value <= device.shared_limit;
-    return kernels().count(host) && fits ? cudaSuccess : cudaErrorInvalidValue;
+    const auto found = kernels().find(host);
+    if (found == kernels().end() || which != cudaFuncAttributeMaxDynamicSharedMemorySize ||
+        value > device.shared_limit) {
+        return cudaErrorInvalidValue;
+    }
+    return found->second.shared_limit = value, cudaSuccess;
 }
 
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }

@@ -4,9 +4,13 @@
 #include <map>
 #include <string>
 
+struct Registered {
+    std::string name;
+    int shared_limit = 48 * 1024;  // of a launch's dynamic shared memory, until it is told otherwise
+};
 // By the host's stand-in for each. Objects register theirs before a file's own globals are made.
-inline std::map<const void*, std::string>& kernels() {
-    static std::map<const void*, std::string> known;
+inline std::map<const void*, Registered>& kernels() {
+    static std::map<const void*, Registered> known;
     return known;
 }
 
@@ -18,6 +22,6 @@ void** __cudaRegisterFatBinary(void*) {
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
-    kernels()[host] = name;
+    kernels()[host].name = name;
 }
 }

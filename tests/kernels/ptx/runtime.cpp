@@ -44,15 +44,19 @@ int cudaDeviceGetAttribute(int* value, int which, int) {
     }
 }
 int cudaFuncSetAttribute(const void* kernel, int, int bytes) {
-    return kernels().count(kernel) == 1 && bytes <= shared_limit ? kSuccess : kInvalidValue;
+    const auto found = kernels().find(kernel);
+    if (found == kernels().end() || bytes > shared_limit) {
+        return kInvalidValue;
+    }
+    return found->second.shared_limit = bytes, kSuccess;
 }
 int cudaLaunchKernel(const void* kernel, Dim3 grid, Dim3 block, void** arguments, size_t shared_bytes, void*) {
     const auto found = kernels().find(kernel);
-    if (found == kernels().end() || launched == nullptr || shared_bytes > static_cast<size_t>(shared_limit)) {
+    if (found == kernels().end() || launched == nullptr || shared_bytes > static_cast<size_t>(found->second.shared_limit)) {
         return kInvalidValue;
     }
     const unsigned blocks[] = {grid.x, grid.y, grid.z};
-    launched(found->second.c_str(), blocks, block.x * block.y * block.z, arguments[0], shared_bytes);
+    launched(found->second.name.c_str(), blocks, block.x * block.y * block.z, arguments[0], shared_bytes);
     return kSuccess;
 }
 const char* cudaGetErrorName(int) { return "emulated"; }
