@@ -5,6 +5,7 @@
 // fc1's next chunk is copied while fc2 multiplies, and the other way round.
 #pragma once
 
+#include "epilogue.cuh"
 #include "rows.cuh"
 
 namespace prunevit::mlp {
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, MT * NU <= 6 ? 2 : 1) fused_mma(cons
     fetch_rows(a, rows);
     copy_w1(chunks.begin);
     copy_w2(chunks.begin);
-    normalise_rows<D, 2>(a, rows);
+    normalise_rows<D, 2, kFusedWidestEmbed / kPanel>(a, rows);
 
     float sums[MT][2 * NU][4] = {};
     for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {

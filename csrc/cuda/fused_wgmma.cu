@@ -20,7 +20,7 @@ const void* instance(int columns) {
 
 Launch wgmma_launch(Dtype dtype, const Shape& shape, const Plan& plan) {
     const void* kernel = dtype == Dtype::bf16 ? instance<Dtype::bf16>(plan.nu) : instance<Dtype::fp16>(plan.nu);
-    return {kernel, dim3(ceil_div(shape.rows, kWgmmaRows)), kWgmmaThreads, plan.shared};
+    return {kernel, dim3(plan.blocks), kWgmmaThreads, plan.shared};
 }
 
 }  // namespace prunevit::mlp

@@ -91,8 +91,9 @@ constexpr int kWarpsAlongColumns = 4;
 PRUNEVIT_BOTH constexpr int warp_row(int warp) { return warp / kWarpsAlongColumns; }
 PRUNEVIT_BOTH constexpr int warp_column(int warp) { return warp % kWarpsAlongColumns; }
 
-// fp32 rows of a staged epilogue: the four extra words put neighbouring rows into different banks.
-PRUNEVIT_BOTH constexpr int stage_pitch(int columns) { return columns + 4; }
+// fp32 rows of a staged epilogue. Columns come in 16s: with eight extra words, four rows of a quad's pairs lie in
+// different banks.
+PRUNEVIT_BOTH constexpr int stage_pitch(int columns) { return columns + 8; }
 
 // Chunks of split `index` of `splits`: as even as whole chunks allow, none empty while splits <= chunks.
 struct Range {
@@ -101,6 +102,9 @@ struct Range {
 PRUNEVIT_BOTH constexpr Range split_range(int chunks, int splits, int index) {
     return {static_cast<int>(int64_t{chunks} * index / splits), static_cast<int>(int64_t{chunks} * (index + 1) / splits)};
 }
+
+// The one-launch kernels hold rows of x whole: a thread that normalises one has a piece of each of its panels.
+constexpr int kFusedWidestEmbed = 512;
 
 // Shared memory of the one-launch kernel on mma.sync. Offsets are multiples of 128.
 struct FusedShared {
@@ -129,9 +133,10 @@ PRUNEVIT_BOTH constexpr int gemm_shared_bytes(int tile_rows) {
 
 // The one-launch kernel on wgmma: a warpgroup that feeds and two of 64 rows that multiply.
 constexpr int kWgmmaThreads = 3 * 128;
-constexpr int kWgmmaRows = 128;
+constexpr int kTileRows = 128;  // of every tile of wgmma's
+PRUNEVIT_BOTH constexpr int row_tiles(const Shape& s) { return ceil_div(s.rows, kTileRows); }
 constexpr int kWgmmaColumns[] = {160, 192, 320, 352, 384};  // N as instantiated; above 256 in two halves
-constexpr int kWgmmaMostSlots = 4;
+constexpr int kWgmmaMostSlots = 8;
 
 // A wgmma descriptor of a K-major tile with 128-byte swizzled rows: eight rows are 1024 bytes, which are aligned so.
 // A step along K only adds its bytes to the address: the swizzle applies to the sum.
@@ -145,22 +150,20 @@ PRUNEVIT_BOTH constexpr int descriptor_step(int bytes) { return bytes / 16; }
 struct WgmmaShared {
     int ring, slot_bytes, slots, barriers, bytes;
 };
-// Two normalised tiles, then the ring; the epilogue's stage reuses both; then the barriers.
+// Two normalised tiles, then the ring and its barriers.
 PRUNEVIT_BOTH constexpr WgmmaShared wgmma_shared(int columns, const Shape& s, int slots) {
     WgmmaShared at{};
-    at.ring = kWgmmaRows * s.in_panels() * kRowBytes;
+    at.ring = kTileRows * s.in_panels() * kRowBytes;
     const int w1 = static_cast<int>(w1_chunk_bytes(s)), w2 = columns * kRowBytes;  // rows past N are there, unread
     at.slot_bytes = w1 > w2 ? w1 : w2;
     at.slots = slots;
-    const int loop = at.ring + slots * at.slot_bytes;
-    const int stage = kWgmmaRows * stage_pitch(columns) * 4;
-    at.barriers = loop > stage ? loop : round_up(stage, 16);
+    at.barriers = at.ring + slots * at.slot_bytes;
     at.bytes = at.barriers + slots * 16;
     return at;
 }
 
 // The two GEMMs on wgmma. Both multiply blocks of 64 rows, two of them a warpgroup, by panels of weights.
-constexpr int kExpandRows = 128, kExpandMostChunks = 2;  // hidden columns of a tile, in chunks
+constexpr int kExpandMostChunks = 2;  // hidden columns of a tile, in chunks
 constexpr int kExpandMaxEmbed = 768;                     // 128 rows of it leave two tiles of weights beside them
 constexpr int kExpandMostSlots = 8;
 constexpr int kExpandSlotBytes = kExpandMostChunks * kChunk * kRowBytes;
@@ -168,8 +171,7 @@ constexpr int kContractRows = 256, kContractSlots = 4;
 constexpr int kContractColumns[] = {64, 128, 160, 176, 192};  // of a tile, as instantiated
 
 // Between them, hidden activations are images of shared memory too: [row tile of 128][chunk][128 rows][64 columns].
-constexpr int kHiddenTileBytes = kExpandRows * kRowBytes;
-PRUNEVIT_BOTH constexpr int row_tiles(const Shape& s) { return ceil_div(s.rows, kExpandRows); }
+constexpr int kHiddenTileBytes = kTileRows * kRowBytes;
 PRUNEVIT_BOTH constexpr int64_t hidden_tile(const Shape& s, int row_tile, int chunk) {
     return (int64_t{row_tile} * s.chunks() + chunk) * kHiddenTileBytes;
 }
@@ -202,7 +204,7 @@ struct ExpandShared {
 // The normalised rows, then the ring, then its barriers and those by which the warpgroups take turns.
 PRUNEVIT_BOTH constexpr ExpandShared expand_shared(const Shape& s, int slots) {
     ExpandShared at{};
-    at.ring = kExpandRows * s.in_panels() * kRowBytes;
+    at.ring = kTileRows * s.in_panels() * kRowBytes;
     at.barriers = at.ring + slots * kExpandSlotBytes;
     at.turns = at.barriers + slots * 16;
     at.bytes = at.turns + 2 * 8;

@@ -26,6 +26,7 @@ struct Plan {
     Kernel kernel;
     int mt, nu;           // template arguments: 32 · mt rows a block, nu units of 16 output columns a warp
     int expand_mt;        // the same for the first of two GEMMs, which also holds a panel of x in registers
+    int blocks;           // of wgmma: each takes every blocks-th tile of rows
     int splits;           // CTAs along the hidden width
     int slots;            // weight tiles in a ring of wgmma's, whose nu is the columns as instantiated
     int expand_columns;   // blocks along F of the first of two GEMMs
@@ -61,7 +62,6 @@ struct FusedShape {
 };
 constexpr FusedShape kFusedShapes[] = {{4, 3}, {2, 3}, {2, 6}, {2, 8}, {1, 8}};
 constexpr int kFusedMaxOut = 8 * kWarpsAlongColumns * kUnit;
-constexpr int kFusedWidestEmbed = 512;  // kFusedMaxEmbed of pieces.cuh
 
 inline std::string describe(const Shape& s) {
     return "M=" + std::to_string(s.rows) + " E=" + std::to_string(s.embed) + " K=" + std::to_string(s.in) +
@@ -155,6 +155,7 @@ inline Plan plan_wgmma(const Shape& s, const Device& d) {
                                     "weight tiles beside 128 rows in shared memory, of which the GPU has " +
                                     std::to_string(d.shared_limit) + " bytes");
     }
+    plan.blocks = row_tiles(s) < d.multiprocessors ? row_tiles(s) : d.multiprocessors;
     plan.splits = 1;
     plan.shared = wgmma_shared(plan.nu, s, plan.slots).bytes;
     return plan;
@@ -191,7 +192,7 @@ inline Plan plan_wgmma_gemms(const Shape& s, const Device& d) {
     Plan plan{};
     plan.kernel = Kernel::wgmma_gemms;
     plan.mt = kContractRows / 32;
-    plan.expand_mt = kExpandRows / 32;
+    plan.expand_mt = kTileRows / 32;
     plan.nu = contract_columns(s);
     plan.slots = kExpandMostSlots;
     while (plan.slots > 0 && expand_shared(s, plan.slots).bytes > d.shared_limit) --plan.slots;

@@ -38,10 +38,13 @@ PRUNEVIT_DEVICE float fast_rsqrt(float v) {
     return out;
 }
 
+PRUNEVIT_DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
+PRUNEVIT_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
 template <Dtype D>
 PRUNEVIT_DEVICE float widen(uint16_t bits) {
     if constexpr (D == Dtype::bf16) {
-        return __uint_as_float(uint32_t{bits} << 16);
+        return float_of(uint32_t{bits} << 16);
     } else {
         float out;
         asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(bits));

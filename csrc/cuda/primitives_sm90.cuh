@@ -23,7 +23,7 @@ PRUNEVIT_DEVICE void barrier_arrive(uint32_t barrier) {
 PRUNEVIT_DEVICE void barrier_arrive_expecting(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Waits for the phase of that parity to end; a fresh barrier is in phase 0.
+// Waits for the phase of that parity to end; a fresh barrier is in phase 0, and phase 1 before it counts as ended.
 PRUNEVIT_DEVICE void barrier_wait(uint32_t barrier, int parity) {
     uint32_t done = 0;
     while (done == 0) {
@@ -45,6 +45,11 @@ PRUNEVIT_DEVICE void copy_bulk(uint32_t to, const void* from, int bytes, uint32_
 
 // The line of 128 bytes comes into the L2 cache.
 PRUNEVIT_DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+// The same for a multiple of 16 bytes.
+PRUNEVIT_DEVICE void prefetch_bulk(const void* from, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 
 // Shared memory that this thread stored becomes visible to the tensor cores, once others have met it at a barrier.
 PRUNEVIT_DEVICE void publish_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -1,4 +1,4 @@
-// Rows of x: into a tile, normalised; and out of it, added.
+// Rows of x into a tile, normalised.
 #pragma once
 
 #include "pieces.cuh"
@@ -24,11 +24,9 @@ PRUNEVIT_DEVICE Piece normalise(const Piece& raw, Statistics s, int c, int count
 
 template <Dtype D>
 PRUNEVIT_DEVICE float sum_of(const Piece& raw) {
-    float v[8], sum = 0.0f;
+    float v[8];
     widen<D>(raw, v);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum += v[i];
-    return sum;
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
 }
 
 // Σ (v − mean)² of a piece whose columns from `count` on are none.
@@ -95,109 +93,57 @@ PRUNEVIT_DEVICE void fetch_rows(const Arguments& a, const RowTile& t) {
     commit_copies();
 }
 
-// LN of what was fetched, in place: each thread reads only what it copied itself, and so waits for no other. `Pending`
-// groups of copies were committed after the rows'.
-template <Dtype D, int Pending>
+// LN of a fetched row, in place, of which this thread has a piece a panel, all in registers.
+template <Dtype D, int MostPanels>
+PRUNEVIT_DEVICE void normalise_fetched(const Arguments& a, const RowTile& t, int row) {
+    const int embed = a.shape.embed, panels = a.shape.in_panels(), c0 = t.lane8() * kPieceColumns;
+    const float per_channel = 1.0f / static_cast<float>(embed);
+    Piece raw[MostPanels] = {};
+    float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (int p = 0; p < MostPanels; ++p) {
+        if (p < panels) raw[p] = *reinterpret_cast<const Piece*>(t.own(row, p));
+    }
+#pragma unroll
+    for (int p = 0; p < MostPanels; ++p) {
+        if (p < panels) sum += sum_of<D>(raw[p]);
+    }
+    const float mean = sum_of_eight_lanes(sum) * per_channel;
+#pragma unroll
+    for (int p = 0; p < MostPanels; ++p) {
+        if (p < panels) squares += squared_deviations<D>(raw[p], mean, c0 + p * kPanel, embed);
+    }
+    const Statistics s{mean, fast_rsqrt(fmaf(sum_of_eight_lanes(squares), per_channel, a.eps))};
+#pragma unroll
+    for (int p = 0; p < MostPanels; ++p) {
+        if (p < panels) {
+            *reinterpret_cast<Piece*>(t.own(row, p)) = normalise<D>(raw[p], s, c0 + p * kPanel, embed);
+        }
+    }
+}
+
+// The same with a list of reads: the statistics are over all channels, of which the tile has some.
+template <Dtype D>
+PRUNEVIT_DEVICE void normalise_listed(const Arguments& a, const RowTile& t, int row) {
+    const int embed = a.shape.embed, in = a.shape.in, from = t.row0 + row;
+    const auto piece_at = [&](int c) { return load_piece(a, from, c, nullptr, embed); };
+    const Statistics s = row_statistics<D>(embed, a.eps, t.lane8(), piece_at);
+    for (int panel = 0; panel < a.shape.in_panels(); ++panel) {
+        const int c = panel * kPanel + t.lane8() * kPieceColumns;
+        *reinterpret_cast<Piece*>(t.own(row, panel)) = normalise<D>(load_piece(a, from, c, a.reads, in), s, c, in);
+    }
+}
+
+// LN of the tile's rows. Each thread reads only what it copied itself, and so waits for no other. `Pending` groups of
+// copies were committed after the rows'.
+template <Dtype D, int Pending, int MostPanels>
 PRUNEVIT_DEVICE void normalise_rows(const Arguments& a, const RowTile& t) {
-    const int embed = a.shape.embed, in = a.shape.in, panels = a.shape.in_panels(), lane8 = t.lane8();
     wait_copies<Pending>();
     for (int row = t.thread / 8; row < t.rows; row += t.threads / 8) {
-        const auto fetched = [&](int c) { return *reinterpret_cast<const Piece*>(t.own(row, c / kPanel)); };
-        const auto listed = [&](int c) { return load_piece(a, t.row0 + row, c, nullptr, embed); };
-        const Statistics s = a.reads == nullptr ? row_statistics<D>(embed, a.eps, lane8, fetched)
-                                                : row_statistics<D>(embed, a.eps, lane8, listed);
-#pragma unroll 2
-        for (int panel = 0; panel < panels; ++panel) {
-            const int c = panel * kPanel + lane8 * kPieceColumns;
-            const Piece raw = a.reads == nullptr ? fetched(c) : load_piece(a, t.row0 + row, c, a.reads, in);
-            *reinterpret_cast<Piece*>(t.own(row, panel)) = normalise<D>(raw, s, c, in);
-        }
-    }
-}
-
-// Four neighbouring fp32 values, as one load carries them.
-struct alignas(16) Four {
-    float v[4];
-};
-PRUNEVIT_DEVICE void load_eight(const float* from, float (&v)[8]) {
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-        const Four four = *reinterpret_cast<const Four*>(from + i);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) v[i + j] = four.v[j];
-    }
-}
-
-// The first `count` of a piece's columns, fewer than 8, by as few stores as there are powers of two in it.
-PRUNEVIT_DEVICE void store_first(uint16_t* to, const Piece& piece, int count) {
-    struct alignas(8) Pairs {
-        uint32_t pair[2];
-    };
-    const bool four = (count & 4) != 0, two = (count & 2) != 0;
-    if (four) *reinterpret_cast<Pairs*>(to) = {piece.pair[0], piece.pair[1]};
-    if (two) reinterpret_cast<uint32_t*>(to)[four ? 2 : 0] = four ? piece.pair[2] : piece.pair[0];
-    const uint32_t last = four ? (two ? piece.pair[3] : piece.pair[2]) : (two ? piece.pair[1] : piece.pair[0]);
-    if ((count & 1) != 0) to[count - 1] = static_cast<uint16_t>(last);
-}
-
-// x[row, writes[n … n + 7]] = was + γ (v + b2), in fp32, rounded once.
-template <Dtype D>
-PRUNEVIT_DEVICE void add_residual(const Arguments& a, int row, int n, const Piece& was, const float (&v)[8]) {
-    const int left = a.shape.out - n;
-    if (left <= 0) return;  // a tile's columns end on a multiple of 16, the residual's may not
-    float sum[8], gamma[8], b2[8];
-    widen<D>(was, sum);
-    load_eight(a.gamma + n, gamma);
-    load_eight(a.b2 + n, b2);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i] = fmaf(gamma[i], v[i] + b2[i], sum[i]);
-    const Piece now = narrow<D>(sum);
-    uint16_t* const to = a.x + row * a.pitch;
-    if (a.writes == nullptr && a.wide) {
-        if (left >= 8) {
-            *reinterpret_cast<Piece*>(to + n) = now;
+        if (a.reads == nullptr) {
+            normalise_fetched<D, MostPanels>(a, t, row);
         } else {
-            store_first(to + n, now, left);
-        }
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        if (i < left) {
-            to[a.writes == nullptr ? n + i : a.writes[n + i]] =
-                static_cast<uint16_t>(now.pair[i / 2] >> (i % 2 * 16));
-        }
-    }
-}
-
-// The fp32 tile of an epilogue, rows row0 …, columns column0 …, added into x by all threads of the block.
-template <Dtype D>
-PRUNEVIT_DEVICE void add_staged(const Arguments& a, const float* stage, int row0, int rows, int column0, int columns,
-                                int thread, int threads) {
-    constexpr int kBatch = 4;  // pieces of x that a thread has on their way at a time
-    const int left = a.shape.out_padded() - column0, rows_left = a.shape.rows - row0;
-    const int live = rows < rows_left ? rows : rows_left, pieces = (left < columns ? left : columns) / kPieceColumns;
-    const int row_step = threads / pieces, piece_step = threads % pieces;
-    int row = thread / pieces, piece = thread % pieces;
-    while (row < live) {
-        Piece was[kBatch];
-        int rows_of[kBatch], pieces_of[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            rows_of[i] = row;
-            pieces_of[i] = piece;
-            if (row < live) was[i] = load_piece(a, row0 + row, column0 + piece * kPieceColumns, a.writes, a.shape.out);
-            const bool next = piece + piece_step >= pieces;
-            row += row_step + (next ? 1 : 0);
-            piece += piece_step - (next ? pieces : 0);
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            if (rows_of[i] >= live) continue;
-            const int n = pieces_of[i] * kPieceColumns;
-            float v[8];
-            load_eight(stage + rows_of[i] * stage_pitch(columns) + n, v);
-            add_residual<D>(a, row0 + rows_of[i], column0 + n, was[i], v);
+            normalise_listed<D>(a, t, row);
         }
     }
 }

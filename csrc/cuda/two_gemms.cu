@@ -19,7 +19,7 @@ Launch contract_launch(Dtype dtype, const Shape& shape, const Plan& plan) {
                                       : reinterpret_cast<const void*>(&contract<Dtype::fp16, 4>))
                               : (bf16 ? reinterpret_cast<const void*>(&contract<Dtype::bf16, 2>)
                                       : reinterpret_cast<const void*>(&contract<Dtype::fp16, 2>));
-    const dim3 grid(ceil_div(shape.rows, 32 * plan.mt), ceil_div(shape.out, kGemmColumns), plan.splits);
+    const dim3 grid(ceil_div(shape.rows, 32 * plan.mt) * ceil_div(shape.out, kGemmColumns), plan.splits);
     return {kernel, grid, kThreads, plan.shared};
 }
 

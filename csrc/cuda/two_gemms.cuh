@@ -5,6 +5,7 @@
 // Both walk over panels of 64 columns of K in a ring of three stages.
 #pragma once
 
+#include "epilogue.cuh"
 #include "rows.cuh"
 
 namespace prunevit::mlp {
@@ -120,10 +121,12 @@ template <Dtype D, int MT>
 __global__ void __launch_bounds__(kThreads, 2) contract(const __grid_constant__ Arguments a) {
     constexpr int kRows = 32 * MT;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const int row0 = blockIdx.x * kRows, warp_row0 = warp_row(warp) * 16 * MT, column0 = blockIdx.y * kGemmColumns;
+    // blocks of the same rows follow each other: all but the first find the activations in the L2 cache
+    const int tiles = ceil_div(a.shape.out, kGemmColumns), column0 = blockIdx.x % tiles * kGemmColumns;
+    const int row0 = blockIdx.x / tiles * kRows, warp_row0 = warp_row(warp) * 16 * MT;
     const int first_unit = warp_column(warp) * kGemmUnits;
     const int left = a.shape.out_padded() - column0, columns = left < kGemmColumns ? left : kGemmColumns;
-    const Range chunks = split_range(a.shape.chunks(), a.splits, blockIdx.z);
+    const Range chunks = split_range(a.shape.chunks(), a.splits, blockIdx.y);
     unsigned char* const shared = shared_memory();
     const uint32_t base = shared_address(shared);
     const auto copy = [&](int chunk) {
@@ -166,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 2) contract(const __grid_constant__ 
         float* to = stage + row * stage_pitch(kGemmColumns) + column;
         if (a.splits > 1) {
             if (row0 + row >= a.shape.rows || column >= columns) continue;
-            to = a.partial + (int64_t{blockIdx.z} * a.shape.rows + row0 + row) * a.shape.out_padded() + column0 + column;
+            to = a.partial + (int64_t{blockIdx.y} * a.shape.rows + row0 + row) * a.shape.out_padded() + column0 + column;
         }
         to[0] = sums[m][n][pair];
         to[1] = sums[m][n][pair + 1];

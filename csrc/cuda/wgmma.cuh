@@ -30,17 +30,16 @@ namespace prunevit::mlp {
 #define PRUNEVIT_D88 PRUNEVIT_D80 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define PRUNEVIT_D96 PRUNEVIT_D88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 
-// d (+)= A · Bᵀ, 64 × N × 16, both from shared memory.
+// d += A · Bᵀ, 64 × N × 16, both from shared memory.
 template <Dtype D, int N>
-PRUNEVIT_DEVICE void multiply_shared(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+PRUNEVIT_DEVICE void multiply_shared(float (&d)[N / 2], uint64_t a, uint64_t b) {
     static_assert(N == 32 || N == 64 || N == 128 || N == 160 || N == 176 || N == 192,
                   "an accumulator width with an instruction here");
-#define PRUNEVIT_ONE(N, TYPE, LIST, A, B, P, ...) \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n" \
-                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" LIST "}, " A ", " B \
-                 ", p, 1, 1, 0, 0;\n}" \
+#define PRUNEVIT_ONE(N, TYPE, LIST, A, B, ...) \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" LIST "}, " A ", " B \
+                 ", 1, 1, 1, 0, 0;" \
                  : __VA_ARGS__ \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
+                 : "l"(a), "l"(b))
 #define PRUNEVIT_SHARED(N, ...) \
     if constexpr (D == Dtype::bf16) { \
         PRUNEVIT_ONE(N, "bf16", __VA_ARGS__); \
@@ -48,18 +47,18 @@ PRUNEVIT_DEVICE void multiply_shared(float (&d)[N / 2], uint64_t a, uint64_t b, 
         PRUNEVIT_ONE(N, "f16", __VA_ARGS__); \
     }
     if constexpr (N == 32) {
-        PRUNEVIT_SHARED("32", PRUNEVIT_D16, "%16", "%17", "%18", PRUNEVIT_16(d, 0))
+        PRUNEVIT_SHARED("32", PRUNEVIT_D16, "%16", "%17", PRUNEVIT_16(d, 0))
     } else if constexpr (N == 64) {
-        PRUNEVIT_SHARED("64", PRUNEVIT_D32, "%32", "%33", "%34", PRUNEVIT_32(d, 0))
+        PRUNEVIT_SHARED("64", PRUNEVIT_D32, "%32", "%33", PRUNEVIT_32(d, 0))
     } else if constexpr (N == 128) {
-        PRUNEVIT_SHARED("128", PRUNEVIT_D64, "%64", "%65", "%66", PRUNEVIT_64(d, 0))
+        PRUNEVIT_SHARED("128", PRUNEVIT_D64, "%64", "%65", PRUNEVIT_64(d, 0))
     } else if constexpr (N == 160) {
-        PRUNEVIT_SHARED("160", PRUNEVIT_D80, "%80", "%81", "%82", PRUNEVIT_64(d, 0), PRUNEVIT_16(d, 64))
+        PRUNEVIT_SHARED("160", PRUNEVIT_D80, "%80", "%81", PRUNEVIT_64(d, 0), PRUNEVIT_16(d, 64))
     } else if constexpr (N == 176) {
-        PRUNEVIT_SHARED("176", PRUNEVIT_D88, "%88", "%89", "%90", PRUNEVIT_64(d, 0), PRUNEVIT_16(d, 64),
+        PRUNEVIT_SHARED("176", PRUNEVIT_D88, "%88", "%89", PRUNEVIT_64(d, 0), PRUNEVIT_16(d, 64),
                         PRUNEVIT_EIGHT(d, 80))
     } else {
-        PRUNEVIT_SHARED("192", PRUNEVIT_D96, "%96", "%97", "%98", PRUNEVIT_64(d, 0), PRUNEVIT_32(d, 64))
+        PRUNEVIT_SHARED("192", PRUNEVIT_D96, "%96", "%97", PRUNEVIT_64(d, 0), PRUNEVIT_32(d, 64))
     }
 #undef PRUNEVIT_ONE
 #undef PRUNEVIT_SHARED

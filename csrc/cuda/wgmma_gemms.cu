@@ -27,7 +27,7 @@ Launch wgmma_expand_launch(Dtype dtype, const Shape& shape, const Plan& plan) {
 Launch wgmma_contract_launch(Dtype dtype, const Shape& shape, const Plan& plan) {
     const void* kernel =
         dtype == Dtype::bf16 ? contract_instance<Dtype::bf16>(plan.nu) : contract_instance<Dtype::fp16>(plan.nu);
-    const dim3 grid(ceil_div(shape.rows, kContractRows), ceil_div(shape.out, plan.nu), plan.splits);
+    const dim3 grid(ceil_div(shape.rows, kContractRows) * ceil_div(shape.out, plan.nu), plan.splits);
     return {kernel, grid, kWgmmaThreads, contract_shared_bytes(plan.nu)};
 }
 

@@ -9,61 +9,43 @@
 // memory, so every copy is linear and needs no tensor map.
 #pragma once
 
-#include "rows.cuh"
+#include "epilogue.cuh"
 #include "ring.cuh"
+#include "rows.cuh"
 #include "wgmma.cuh"
 
 namespace prunevit::mlp {
 
-// sums (+)= 128 rows of A · rows of Bᵀ, over one panel or its first steps of 16.
+// sums += 128 rows of A · rows of Bᵀ, over one panel or its first steps of 16, as one group of products.
 template <Dtype D, int Half>
-PRUNEVIT_DEVICE void start_panel(float (&sums)[2][Half], uint32_t a, uint32_t b, int steps, bool accumulate) {
+PRUNEVIT_DEVICE void start_panel(float (&sums)[2][Half], uint32_t a, uint32_t b, int steps) {
     const uint64_t rows = tile_descriptor(a), columns = tile_descriptor(b);
-    const auto step = [&](int k) {
-        const int along = descriptor_step(k * kUnit * 2);
+    with_constant<kPanel / kUnit>(steps, [&](auto count) {
+        products_begin();
 #pragma unroll
-        for (int block = 0; block < 2; ++block) {
-            multiply_shared<D, 2 * Half>(sums[block], rows + descriptor_step(block * 64 * kRowBytes) + along,
-                                         columns + along, accumulate || k > 0);
+        for (int k = 0; k < count.value; ++k) {
+            const int along = descriptor_step(k * kUnit * 2);
+#pragma unroll
+            for (int block = 0; block < 2; ++block) {
+                multiply_shared<D, 2 * Half>(sums[block], rows + descriptor_step(block * 64 * kRowBytes) + along,
+                                             columns + along);
+            }
         }
-    };
-    products_begin();
-    if (steps == kPanel / kUnit) {  // straight through, as nearly all panels are
-#pragma unroll
-        for (int k = 0; k < kPanel / kUnit; ++k) step(k);
-    } else {
-#pragma unroll 1
-        for (int k = 0; k < steps; ++k) step(k);
-    }
-    products_commit();
+        products_commit();
+    });
 }
 
 PRUNEVIT_DEVICE void feed_expand(const Arguments& a, const Ring& ring, const HiddenTiles& tiles) {
     const int panels = a.shape.in_panels(), bytes = static_cast<int>(w1_panel_bytes());
+    Turn turn;
     for (int tile = 0; tile < tiles.count(); ++tile) {
-        for (int panel = 0; panel < panels; ++panel) {
-            const int i = tile * panels + panel;
-            if (i >= ring.count) barrier_wait(ring.empty(i), ring.parity(i) ^ 1);
-            barrier_arrive_expecting(ring.full(i), tiles.width(tile) * bytes);
+        for (int panel = 0; panel < panels; ++panel, turn = ring.after(turn)) {
+            ring.wait_empty(turn);
+            barrier_arrive_expecting(ring.full(turn), tiles.width(tile) * bytes);
             for (int chunk = 0; chunk < tiles.width(tile); ++chunk) {
                 const int64_t from = (tiles.first(tile) + chunk) * w1_chunk_bytes(a.shape) + int64_t{panel} * bytes;
-                copy_bulk(ring.slot(i) + chunk * bytes, a.w1 + from, bytes, ring.full(i));
+                copy_bulk(ring.slot(turn) + chunk * bytes, a.w1 + from, bytes, ring.full(turn));
             }
-        }
-    }
-}
-
-// Lane q of a quad has columns 2q, 2q + 1 of four pieces; then it has all eight columns of the q-th.
-PRUNEVIT_DEVICE void exchange_in_quad(uint32_t (&pairs)[4], int lane) {
-#pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2) {
-        const bool upper = (lane & bit) != 0;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            if ((j & bit) != 0) continue;
-            const uint32_t got = from_lane_across(upper ? pairs[j] : pairs[j + bit], bit);
-            pairs[j] = upper ? got : pairs[j];
-            pairs[j + bit] = upper ? pairs[j + bit] : got;
         }
     }
 }
@@ -95,12 +77,13 @@ PRUNEVIT_DEVICE void store_hidden(const Arguments& a, const float (&sums)[2][Hal
     }
 }
 
-// The block's tile `tile`, Chunks chunks wide, by one warpgroup.
+// The block's tile `tile`, Chunks chunks wide, by one warpgroup; its weights begin at the ring's turn.
 template <Dtype D, int Chunks>
-PRUNEVIT_DEVICE void expand_tile(const Arguments& a, const Ring& ring, const HiddenTiles& tiles, int tile,
+PRUNEVIT_DEVICE void expand_tile(const Arguments& a, const Ring& ring, Turn turn, const HiddenTiles& tiles, int tile,
                                  uint32_t x_tile, uint32_t turns, int thread) {
     float sums[2][Chunks * kChunk / 2];
     const int panels = a.shape.in_panels(), lane = thread % 32, own = tile % 2;
+    Turn before;
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
         begin_with(sums[block], a.b1 + tiles.first(tile) * kChunk, lane);
@@ -110,20 +93,21 @@ PRUNEVIT_DEVICE void expand_tile(const Arguments& a, const Ring& ring, const Hid
     // in the phase that is waited for here.
     if (tile > 0) barrier_wait(turns + (own ^ 1) * 8, (tile - 1) / 2 % 2);
     for (int panel = 0; panel < panels; ++panel) {
-        const int i = tile * panels + panel, left = a.shape.in_steps() - panel * (kPanel / kUnit);
-        barrier_wait(ring.full(i), ring.parity(i));
-        start_panel<D>(sums, x_tile + panel * kExpandRows * kRowBytes, ring.slot(i),
-                       left < kPanel / kUnit ? left : kPanel / kUnit, true);
+        const int left = a.shape.in_steps() - panel * (kPanel / kUnit);
+        ring.wait_full(turn);
+        start_panel<D>(sums, x_tile + panel * kTileRows * kRowBytes, ring.slot(turn), left);
         if (panel > 0) {
             products_wait<1>();  // the panel before has been multiplied: its weights may go
-            if (lane == 0) barrier_arrive(ring.empty(i - 1));
+            ring.release(before, lane);
         }
+        before = turn;
+        turn = ring.after(turn);
     }
     if (lane == 0) barrier_arrive(turns + own * 8);
     products_wait<0>();
     pin(sums[0]);
     pin(sums[1]);
-    if (lane == 0) barrier_arrive(ring.empty(tile * panels + panels - 1));
+    ring.release(before, lane);
     store_hidden<D>(a, sums, tiles.first(tile), thread / 32, lane);
 }
 
@@ -139,8 +123,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) wgmma_expand(const __grid_co
 
     if (thread == 0) {
         for (int i = 0; i < ring.count; ++i) {
-            barrier_init(ring.full(i), 1);
-            barrier_init(ring.empty(i), 4);  // one arrival a warp of the one warpgroup that multiplies
+            barrier_init(ring.full({i}), 1);
+            barrier_init(ring.empty({i}), 4);  // one arrival a warp of the one warpgroup that multiplies
         }
         for (int i = 0; i < 2; ++i) barrier_init(turns + i * 8, 4);
         barriers_ready();
@@ -152,16 +136,17 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) wgmma_expand(const __grid_co
         if (thread == 0) feed_expand(a, ring, tiles);
     } else {
         take_registers<232>();
-        const RowTile rows{static_cast<int>(blockIdx.x) * kExpandRows, kExpandRows, shared, thread - 128, 256};
+        const RowTile rows{static_cast<int>(blockIdx.x) * kTileRows, kTileRows, shared, thread - 128, 256};
         fetch_rows(a, rows);
-        normalise_rows<D, 0>(a, rows);
+        normalise_rows<D, 0, kExpandMaxEmbed / kPanel>(a, rows);
         publish_to_async();
         meet(1, 256);
-        for (int tile = group; tile < tiles.count(); tile += 2) {
+        Turn turn = ring.after({}, group * a.shape.in_panels());
+        for (int tile = group; tile < tiles.count(); tile += 2, turn = ring.after(turn, 2 * a.shape.in_panels())) {
             if (tiles.width(tile) == 2) {
-                expand_tile<D, 2>(a, ring, tiles, tile, base, turns, thread % 128);
+                expand_tile<D, 2>(a, ring, turn, tiles, tile, base, turns, thread % 128);
             } else {
-                expand_tile<D, 1>(a, ring, tiles, tile, base, turns, thread % 128);
+                expand_tile<D, 1>(a, ring, turn, tiles, tile, base, turns, thread % 128);
             }
         }
     }
@@ -172,27 +157,28 @@ struct ContractPart {
     int row_tile, live, column0, columns;  // `live` warpgroups have rows
     Range chunks;
 
+    // Blocks of the same rows follow each other: all but the first find the activations in the L2 cache.
     PRUNEVIT_DEVICE ContractPart(const Arguments& a, int most)
-        : row_tile(2 * blockIdx.x),
+        : row_tile(2 * (blockIdx.x / ceil_div(a.shape.out, most))),
           live(row_tiles(a.shape) - row_tile < 2 ? 1 : 2),
-          column0(blockIdx.y * most),
+          column0(blockIdx.x % ceil_div(a.shape.out, most) * most),
           columns(a.shape.out_padded() - column0 < most ? a.shape.out_padded() - column0 : most),
-          chunks(split_range(a.shape.chunks(), a.splits, blockIdx.z)) {}
+          chunks(split_range(a.shape.chunks(), a.splits, blockIdx.y)) {}
 };
 
 PRUNEVIT_DEVICE void feed_contract(const Arguments& a, const Ring& ring, const ContractPart& part) {
     const auto* const hidden = reinterpret_cast<const unsigned char*>(a.hidden);
     const int bytes = part.columns * kRowBytes;
-    for (int chunk = part.chunks.begin; chunk < part.chunks.end; ++chunk) {
-        const int i = chunk - part.chunks.begin;
-        if (i >= ring.count) barrier_wait(ring.empty(i), ring.parity(i) ^ 1);
-        barrier_arrive_expecting(ring.full(i), part.live * kHiddenTileBytes + bytes);
+    Turn turn;
+    for (int chunk = part.chunks.begin; chunk < part.chunks.end; ++chunk, turn = ring.after(turn)) {
+        ring.wait_empty(turn);
+        barrier_arrive_expecting(ring.full(turn), part.live * kHiddenTileBytes + bytes);
         for (int group = 0; group < part.live; ++group) {
             const int64_t from = hidden_tile(a.shape, part.row_tile + group, chunk);
-            copy_bulk(ring.slot(i) + group * kHiddenTileBytes, hidden + from, kHiddenTileBytes, ring.full(i));
+            copy_bulk(ring.slot(turn) + group * kHiddenTileBytes, hidden + from, kHiddenTileBytes, ring.full(turn));
         }
-        copy_bulk(ring.slot(i) + 2 * kHiddenTileBytes,
-                  a.w2 + chunk * w2_chunk_bytes(a.shape) + int64_t{part.column0} * kRowBytes, bytes, ring.full(i));
+        copy_bulk(ring.slot(turn) + 2 * kHiddenTileBytes,
+                  a.w2 + chunk * w2_chunk_bytes(a.shape) + int64_t{part.column0} * kRowBytes, bytes, ring.full(turn));
     }
 }
 
@@ -200,7 +186,7 @@ PRUNEVIT_DEVICE void feed_contract(const Arguments& a, const Ring& ring, const C
 PRUNEVIT_DEVICE void prefetch_residual(const Arguments& a, const ContractPart& part, int thread, int threads) {
     const int lines = ceil_div(part.columns, kPanel);
     for (int i = thread; i < kContractRows * lines; i += threads) {
-        const int row = part.row_tile * kExpandRows + i / lines, column = part.column0 + i % lines * kPanel;
+        const int row = part.row_tile * kTileRows + i / lines, column = part.column0 + i % lines * kPanel;
         if (row < a.shape.rows && column < a.shape.embed) prefetch(a.x + row * a.pitch + column);
     }
 }
@@ -210,15 +196,14 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) wgmma_contract(const __grid_
     const int thread = threadIdx.x, lane = thread % 32;
     const int group = uniform(thread / 128) - 1;  // −1 feeds, 0 and 1 multiply
     const ContractPart part(a, Columns);
-    const int row0 = part.row_tile * kExpandRows;
     unsigned char* const shared = shared_memory();
     const uint32_t base = shared_address(shared);
     const Ring ring{base, base + contract_barriers(Columns), contract_slot_bytes(Columns), kContractSlots};
 
     if (thread == 0) {
         for (int i = 0; i < ring.count; ++i) {
-            barrier_init(ring.full(i), 1);
-            barrier_init(ring.empty(i), 4 * part.live);
+            barrier_init(ring.full({i}), 1);
+            barrier_init(ring.empty({i}), 4 * part.live);
         }
         barriers_ready();
     }
@@ -230,42 +215,38 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) wgmma_contract(const __grid_
         if (thread >= 32 && a.splits == 1 && a.writes == nullptr) prefetch_residual(a, part, thread - 32, 96);
     } else {
         take_registers<232>();
-        float sums[2][Columns / 2];
-        if (group < part.live) {
-            for (int chunk = part.chunks.begin; chunk < part.chunks.end; ++chunk) {
-                const int i = chunk - part.chunks.begin;
-                barrier_wait(ring.full(i), ring.parity(i));
-                start_panel<D>(sums, ring.slot(i) + group * kHiddenTileBytes, ring.slot(i) + 2 * kHiddenTileBytes,
-                               a.shape.chunk_units(chunk), i > 0);
-                if (i > 0) {
-                    products_wait<1>();
-                    if (lane == 0) barrier_arrive(ring.empty(i - 1));
-                }
+        if (group >= part.live) return;
+        float sums[2][Columns / 2] = {};
+        pin(sums[0]);
+        pin(sums[1]);
+        Turn turn, before;
+        for (int chunk = part.chunks.begin; chunk < part.chunks.end; ++chunk) {
+            ring.wait_full(turn);
+            start_panel<D>(sums, ring.slot(turn) + group * kHiddenTileBytes, ring.slot(turn) + 2 * kHiddenTileBytes,
+                           a.shape.chunk_units(chunk));
+            if (chunk > part.chunks.begin) {
+                products_wait<1>();
+                ring.release(before, lane);
             }
-            products_wait<0>();
-            pin(sums[0]);
-            pin(sums[1]);
+            before = turn;
+            turn = ring.after(turn);
         }
+        products_wait<0>();
+        pin(sums[0]);
+        pin(sums[1]);
 
-        meet(1, 256);  // both have read their last tile: the ring's memory becomes the epilogue's
-        constexpr int kPitch = stage_pitch(Columns);
-        float* const stage = reinterpret_cast<float*>(shared);
         const Place first = c_place(lane, 0);
-        const int row = group * kExpandRows + thread % 128 / 32 * 16 + first.row, rows_left = a.shape.rows - row0 - row;
+        const int row = (part.row_tile + group) * kTileRows + thread % 128 / 32 * 16 + first.row;
 #pragma unroll
         for (int block = 0; block < 2; ++block) {
-            if (group >= part.live) break;
             if (a.splits == 1) {
-                store_sums(sums[block], stage + (row + block * 64) * kPitch + first.column, kPitch, part.columns, 16);
+                add_sums<D, (Columns < 192)>(a, sums[block], row + block * 64, part.column0, lane);
             } else {
-                const int64_t line = int64_t{blockIdx.z} * a.shape.rows + row0 + row + block * 64;
+                const int64_t line = int64_t{blockIdx.y} * a.shape.rows + row + block * 64;
                 float* const to = a.partial + line * a.shape.out_padded() + part.column0 + first.column;
-                store_sums(sums[block], to, a.shape.out_padded(), part.columns, rows_left - block * 64);
+                store_sums(sums[block], to, a.shape.out_padded(), part.columns, a.shape.rows - row - block * 64);
             }
         }
-        if (a.splits > 1) return;
-        meet(1, 256);
-        add_staged<D>(a, stage, row0, kContractRows, part.column0, Columns, thread - 128, 256);
     }
 }
 

@@ -15,7 +15,11 @@ BLOCK_K = 64  # packed weights have zeros up to a multiple of this, so that no l
 @triton.jit
 def activate(x, ACT: tl.constexpr):
     if ACT == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        # x Φ(x) = max(x, 0) − |x| Φ(−|x|), and log2 Φ(−t) is nearly a polynomial: within 7e-7, a third of erf's work
+        size = tl.abs(x)
+        power = (-4.7488770e-4 * size + 7.0933281e-3) * size - 5.1844325e-2
+        power = ((power * size - 0.45997828) * size - 1.1507930) * size - 1.0000373
+        x = tl.maximum(x, 0.0) - size * tl.exp2(power)
     elif ACT == "gelu_tanh":
         # tanh(u) = 2 σ(2u) − 1
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))

@@ -167,7 +167,7 @@ void hidden() {
                             const int from = lane / 4 * 4 + j, n_tile = group * 4 + lane % 4;
                             const Place place = c_place(from, 2 * half);
                             const int row = block * 64 + warp * 16 + place.row, column = n_tile * 8 + place.column;
-                            expect(at + j * 4 == element_offset(kExpandRows, row, column), "a piece holds the columns of its place",
+                            expect(at + j * 4 == element_offset(kTileRows, row, column), "a piece holds the columns of its place",
                                    std::to_string(lane));
                         }
                     }
@@ -201,7 +201,7 @@ void contracted() {
         for (int thread = 0; thread < 256; ++thread) {
             for (int i = 0; i < columns; ++i) {
                 const Place place = c_place(thread % 32, i % (columns / 2) % 4);
-                const int row = thread / 128 * kExpandRows + i / (columns / 2) * 64 + thread % 128 / 32 * 16 + place.row;
+                const int row = thread / 128 * kTileRows + i / (columns / 2) * 64 + thread % 128 / 32 * 16 + place.row;
                 ++owners[{row, i % (columns / 2) / 4 * 8 + place.column}];
             }
         }
@@ -250,7 +250,7 @@ void plan_holds(const Plan& p, const Shape& s, const Device& d) {
                    at.turns % 8 == 0 && at.bytes <= p.shared && contract_shared_bytes(p.nu) <= p.shared,
                "barriers lie past the ring", where);
         expect(kContractRows * stage_pitch(p.nu) * 4 <= contract_barriers(p.nu), "the stage fits", where);
-        expect(p.hidden_bytes == hidden_tile(s, row_tiles(s), 0) && row_tiles(s) * kExpandRows >= s.rows,
+        expect(p.hidden_bytes == hidden_tile(s, row_tiles(s), 0) && row_tiles(s) * kTileRows >= s.rows,
                "room for the images of hidden activations", where);
         expect(p.expand_columns >= 1 && p.expand_columns <= ceil_div(s.chunks(), p.tile_chunks), "every block has a tile", where);
         expect(s.embed <= kExpandMaxEmbed && s.in_panels() * kPanel <= kExpandMaxEmbed, "a row fits in registers", where);
@@ -258,7 +258,8 @@ void plan_holds(const Plan& p, const Shape& s, const Device& d) {
         const WgmmaShared at = wgmma_shared(p.nu, s, p.slots);
         expect(at.ring % 1024 == 0 && at.slot_bytes % 1024 == 0, "tiles start on whole swizzle atoms", where);
         expect(p.slots >= 2 && at.ring + p.slots * at.slot_bytes <= at.barriers && at.barriers % 16 == 0, "barriers lie past the ring", where);
-        expect(kWgmmaRows * stage_pitch(s.out_padded()) * 4 <= at.barriers && p.nu >= s.out_padded(), "the stage fits", where);
+        expect(p.nu >= s.out_padded() && s.in_panels() * kPanel <= kFusedWidestEmbed, "rows and sums fit registers", where);
+        expect(p.blocks >= 1 && p.blocks <= row_tiles(s) && p.blocks <= d.multiprocessors, "every block has a tile", where);
     }
 }
 

@@ -60,13 +60,12 @@ void gemms(const Arguments& a, const Plan& p) {
     const unsigned expand_rows = ceil_div(a.shape.rows, 32 * ExpandMT);
     launch({expand_rows, static_cast<unsigned>(p.expand_columns)}, kThreads, gemm_shared_bytes(32 * ExpandMT),
            [&] { expand<D, ExpandMT>(a); });
-    launch({rows, columns, static_cast<unsigned>(p.splits)}, kThreads, p.shared, [&] { contract<D, MT>(a); });
+    launch({rows * columns, static_cast<unsigned>(p.splits)}, kThreads, p.shared, [&] { contract<D, MT>(a); });
 }
 
 template <Dtype D, int Columns>
 void wgmma(const Arguments& a, const Plan& p) {
-    const unsigned blocks = ceil_div(a.shape.rows, kWgmmaRows);
-    launch({blocks}, kWgmmaThreads, p.shared, [&] { fused_wgmma<D, Columns>(a); }, prunevit::emulator::reset_sm90);
+    launch({static_cast<unsigned>(p.blocks)}, kWgmmaThreads, p.shared, [&] { fused_wgmma<D, Columns>(a); }, prunevit::emulator::reset_sm90);
 }
 
 template <Dtype D, int Columns>
@@ -75,7 +74,7 @@ void wgmma_gemms(const Arguments& a, const Plan& p) {
     const Dim3 first{static_cast<unsigned>(row_tiles(a.shape)), static_cast<unsigned>(p.expand_columns)};
     launch(first, kWgmmaThreads, expand_shared(a.shape, p.slots).bytes, [&] { wgmma_expand<D>(a); },
            prunevit::emulator::reset_sm90);
-    launch({rows, columns, static_cast<unsigned>(p.splits)}, kWgmmaThreads, contract_shared_bytes(Columns),
+    launch({rows * columns, static_cast<unsigned>(p.splits)}, kWgmmaThreads, contract_shared_bytes(Columns),
            [&] { wgmma_contract<D, Columns>(a); }, prunevit::emulator::reset_sm90);
 }
 

@@ -202,13 +202,21 @@ inline float fast_exp2(float v) { return std::exp2(v); }
 inline float fast_reciprocal(float v) { return 1.0f / v; }
 inline float fast_rsqrt(float v) { return 1.0f / std::sqrt(v); }
 
+inline uint32_t bits_of(float v) {
+    uint32_t out;
+    std::memcpy(&out, &v, 4);
+    return out;
+}
+inline float float_of(uint32_t bits) {
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
 template <Dtype D>
 inline float widen(uint16_t bits) {
     if constexpr (D == Dtype::bf16) {
-        const uint32_t wide = uint32_t{bits} << 16;
-        float out;
-        std::memcpy(&out, &wide, 4);
-        return out;
+        return float_of(uint32_t{bits} << 16);
     } else {
         const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
         float out = exponent == 31 ? (mantissa ? NAN : INFINITY)

@@ -18,7 +18,7 @@ struct Product {
     const uint32_t* a_registers;
     uint64_t a, b;
     int columns;
-    bool accumulate, bf16;
+    bool bf16;
 };
 struct Warpgroup {
     Meeting meeting;
@@ -76,9 +76,7 @@ void multiply_all(void** given, int columns) {
         for (int n = 0; n < columns; ++n) {
             const int thread = row / 16 * 32 + row % 8 * 4 + n % 8 / 2;
             float& d = at(thread).d[n / 8 * 4 + row % 16 / 8 * 2 + n % 2];
-            float sum = one.accumulate ? d : 0.0f;
-            for (int k = 0; k < 16; ++k) sum += a[row * 16 + k] * b[n * 16 + k];
-            d = sum;
+            for (int k = 0; k < 16; ++k) d += a[row * 16 + k] * b[n * 16 + k];
         }
     }
 }
@@ -88,7 +86,7 @@ inline void run_product(Product& product) {
     meet(warpgroups[threadIdx.x / 128].meeting, "wgmma", threadIdx.x % 128, 128, &product, [&](void** given) {
         for (int thread = 1; thread < 128; ++thread) {
             const auto& other = *static_cast<Product*>(given[thread]);
-            if (other.b != product.b || other.a != product.a || other.accumulate != product.accumulate) {
+            if (other.b != product.b || other.a != product.a) {
                 fail("a wgmma with unlike operands in one warpgroup");
             }
         }
@@ -150,6 +148,10 @@ inline void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier
 }
 // Reads a byte: a buffer ends at an unreadable page.
 inline void prefetch(const void* at) { static_cast<void>(*static_cast<const volatile char*>(at)); }
+inline void prefetch_bulk(const void* from, int bytes) {
+    if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) emulator::fail("a misaligned bulk prefetch");
+    for (int i = 0; i < bytes; i += 16) prefetch(static_cast<const char*>(from) + i);
+}
 inline void publish_to_async() {}
 inline void meet(int id, int threads) {
     emulator::meet(emulator::block->barriers[id], "bar.sync", emulator::block->barriers[id].arrived, threads, nullptr,
@@ -180,12 +182,12 @@ template <int Count>
 inline void pin(float (&)[Count]) {}
 
 template <Dtype D, int N>
-inline void multiply_shared(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-    emulator::open_group[threadIdx.x].push_back({d, nullptr, a, b, N, accumulate, D == Dtype::bf16});
+inline void multiply_shared(float (&d)[N / 2], uint64_t a, uint64_t b) {
+    emulator::open_group[threadIdx.x].push_back({d, nullptr, a, b, N, D == Dtype::bf16});
 }
 template <Dtype D, int N>
 inline void multiply_wide(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
-    emulator::open_group[threadIdx.x].push_back({d, a, 0, b, N, true, D == Dtype::bf16});
+    emulator::open_group[threadIdx.x].push_back({d, a, 0, b, N, D == Dtype::bf16});
 }
 
 }  // namespace prunevit::mlp

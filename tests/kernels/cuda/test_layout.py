@@ -18,6 +18,11 @@ def test_every_index_function_and_every_plan(tmp_path: Path) -> None:
     assert done.stdout.count("holds") == 9
 
 
+def test_activations_against_double_precision(tmp_path: Path) -> None:
+    done = subprocess.run([build("check_activations", tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
 def element_offset(rows: int, row: int, column: int) -> int:
     """layout.h's element_offset, in elements."""
     panel, inside = divmod(column, 64)
