@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunevit_kernels import FusedMlp, LinearResidual, Op, PatchEmbed, Rule, SelectTokens, Target, TokenScores
 from prunevit_kernels.fold import add_constant
 
+from .._costs import head_macs, latent_pool_macs
 from ..spec import BlockSpec, TokenSelect, ViTSpec
 from .latent_pool import LatentPool
 from .pack import Weights, attention_ops, emptied_bias, mlp_op, patch_embed_op, pool_head_op
@@ -57,14 +58,10 @@ class Plan:
 
 
 def make_plan(
-    spec: ViTSpec,
-    tensors: Mapping[str, Tensor],
-    target: Target,
-    img_size: tuple[int, int] | None = None,
-    attn_pool: nn.Module | None = None,
+    spec: ViTSpec, tensors: Mapping[str, Tensor], target: Target, img_size: tuple[int, int] | None = None
 ) -> Plan:
     """The plan of ``spec`` with ``tensors`` (timm's names) at ``img_size``, laid out for ``target``."""
-    return _Planner(spec, Weights(tensors), target, img_size or spec.img_size, attn_pool).plan()
+    return _Planner(spec, Weights(tensors), target, img_size or spec.img_size).plan()
 
 
 def _last_attention(spec: ViTSpec) -> int | None:
@@ -92,10 +89,8 @@ def _score_sources(spec: ViTSpec, last_attention: int | None) -> set[int]:
 
 
 class _Planner:
-    def __init__(
-        self, spec: ViTSpec, weights: Weights, target: Target, img_size: tuple[int, int], attn_pool: nn.Module | None
-    ) -> None:
-        self.spec, self.weights, self.target, self.attn_pool = spec, weights, target, attn_pool
+    def __init__(self, spec: ViTSpec, weights: Weights, target: Target, img_size: tuple[int, int]) -> None:
+        self.spec, self.weights, self.target = spec, weights, target
         pads = [p - 1 if spec.dynamic_img_pad else 0 for p in spec.patch_size]
         height, width = ((size + pad) // p for size, pad, p in zip(img_size, pads, spec.patch_size))
         self.grid = (height, width)
@@ -191,10 +186,11 @@ class _Planner:
         all_tokens = self.x.tokens if op.pool == "none" else 0
         width = op.pooled_dim if op.weight is None else op.weight.shape[0]
         macs = 0 if op.weight is None else op.weight.numel() * max(all_tokens, 1)
-        if self.attn_pool is None:
+        if self.spec.attn_pool is None:
             self.add("pool_head", op, self.x, View("out", all_tokens, width), macs=macs)
             return
         features = View("features", self.tokens, self.spec.embed_dim)
         self.add("final_norm", op, self.x, features, macs=0)
-        pool = LatentPool.of(self.spec, self.attn_pool, self.weights)
-        self.add("latent_pool", pool, features, View("out", 0, pool.out_dim), macs=pool.macs)
+        out = View("out", 0, self.spec.num_classes or self.spec.embed_dim)
+        macs = latent_pool_macs(self.spec) + head_macs(self.spec)
+        self.add("latent_pool", LatentPool.of(self.spec, self.weights), features, out, macs=macs)

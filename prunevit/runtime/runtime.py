@@ -64,14 +64,13 @@ class Runtime:
         self.check_nan = self.target.device.type == "cpu" if check_nan is None else check_nan
         # a copy, so that training the model further cannot reach what is planned for another image size later
         self._tensors = {name: tensor.detach().cpu().clone() for name, tensor in source.state_dict().items()}
-        self._attn_pool = getattr(source, "attn_pool", None)
         self.name, self.dense_spec = _name_of(model, source), _dense_spec(source)
         self._door = Door(self.spec, self.target.device, self.target.dtype)
         self._engine = Engine(self._make_plan, self.target, max_programs, recorder_for(self.target, cuda_graphs))
         self._predictor = Predictor(source.pretrained_cfg, self.spec)
 
     def _make_plan(self, img_size: tuple[int, int]) -> Plan:
-        return make_plan(self.spec, self._tensors, self.target, img_size, self._attn_pool)
+        return make_plan(self.spec, self._tensors, self.target, img_size)
 
     def plan(self, img_size: tuple[int, int] | None = None) -> Plan:
         """The steps that a call runs, at the spec's image size or another."""
