@@ -101,6 +101,14 @@ def test_auto_journals_its_search_draws_it_and_goes_on(prune: Any, tmp_path: Pat
     assert api.load(tmp_path / "out").plan == plan
 
 
+def test_auto_of_some_kinds_measures_and_journals_as_auto(prune: Any, tmp_path: Path) -> None:
+    search = ("--scorer", "magnitude", "--tau", 1, "--journal", tmp_path / "search.jsonl")
+    found = prune("--method", "auto:mlp", "--macs", "80%", *DIGITS, *search, "--plot", tmp_path / "search.svg")
+    assert found["macs"]["ratio"] <= 0.8
+    assert found["accuracy"]["split"] == "validation"
+    assert (tmp_path / "search.svg").exists()
+
+
 def test_auto_tunes_between_rounds_and_plots_without_a_journal(prune: Any, tmp_path: Path) -> None:
     training = ("--finetune-epochs", 1, "--lr", 1e-4, "--recipe", "max_steps=2")
     found = prune(
@@ -216,6 +224,7 @@ def test_a_latency_budget_on_the_real_clock(call: Call, tmp_path: Path, monkeypa
         (("--macs", "50%", "--lr", "0.1"), "something that trains"),
         (("--macs", "50%", "--recovery-epochs", "1"), "images to train on"),
         (("--macs", "50%", "--method", "auto"), "measure accuracy"),
+        (("--macs", "50%", "--method", "snp,auto:mlp"), "measure accuracy"),
         (("--macs", "50%", "--journal", "j"), "--method auto"),
         (("--macs", "50%", "--method", "auto", "--data", "digits", "--plot", "p.txt"), ".png"),
     ],
