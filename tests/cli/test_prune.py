@@ -18,7 +18,7 @@ from prunevit.pruning import KINDS, METHODS, Plan
 from prunevit.pruning.groups import Kind
 from tests.clock import count_macs
 
-from .conftest import Call
+from .conftest import Call, refused
 
 DIGITS = ("--data", "digits", "--images", 32)
 
@@ -213,6 +213,10 @@ def test_a_latency_budget_on_the_real_clock(call: Call, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((), "expected a budget"),
+        (("--macs", "banana"), "expected a share"),
+        (("--macs", "120%"), "between 0% and 100%"),
+        (("--method", "magic", "--macs", "50%"), "a method out of auto"),
         (("--method", "snp,heads", "--macs", "50%"), "a method out of auto"),
         (("--method", "snp,head", "--macs", "50%"), "taylor:head"),
         (("--method", "snp:heads", "--macs", "50%"), "kinds of group out of head"),
@@ -242,6 +246,15 @@ def test_wrong_usage_is_named(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--method", "magnitude", "--macs", "0.001%"), "floor"),
+        (("--macs", "50%"), "images that snp can measure on .--data DIR"),
+        (("--method", "taylor", "--macs", "50%"), "images that taylor can measure on"),
+        (("--method", "magnitude", "--macs", "50%", "--data", "no/where"), "no/where"),
+        (("--macs", "50%", "--option", "gamma=eight"), "gamma .* 'eight'"),
+        (("--macs", "50%", "--option", "pruning_ratio=much"), "pruning_ratio .* 'much'"),
+        (("--latency", "50%", "--on", "tpu"), "a device such as cpu.* 'tpu'"),
+        (("--method", "magnitude", "--ratios", "{tmp}/none.yaml"), "No such file"),
+        (("--method", "magnitude", "--ratios", "{checkpoint}/model.safetensors"), "JSON or YAML"),
         (("--method", "magnitude", "--macs", "50%", "--option", "gamma=8"), "options of magnitude"),
         (("--method", "magnitude", "--ratios", "{tmp}/none.yaml"), "ratios by address"),
         (("--method", "magnitude", "--ratios", "{tmp}/list.yaml"), "blocks.0.mlp: 0.5"),
@@ -254,9 +267,8 @@ def test_a_named_error_writes_nothing(
     call: Call, checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "list.yaml").write_text("[1, 2]")
-    answer = call("prune", checkpoint, *(a.format(tmp=tmp_path) for a in arguments), "--out", tmp_path / "out")
-    assert answer.code == 1
-    assert message in answer.stderr
+    filled = [a.format(tmp=tmp_path, checkpoint=checkpoint) for a in arguments]
+    refused(call("prune", checkpoint, *filled, "--out", tmp_path / "out"), message)
     assert not (tmp_path / "out").exists()
 
 
