@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from prunevit import shapes
-from prunevit._machine import machine
 from prunevit.benchmark import Peer, run_interleaved, speedup
+from prunevit.machine import machine
 from prunevit_kernels._configs import MLP_KERNELS
 
 IMPLS: dict[str, tuple[str, ...]] = {

@@ -28,8 +28,8 @@ from rich.console import Console
 from torch import Tensor
 
 from prunevit import shapes
-from prunevit._machine import machine
 from prunevit.benchmark import Peer, run_interleaved
+from prunevit.machine import machine
 from prunevit_kernels import FusedMlp, NormLinear, Op, RaggedAttention, Target
 from prunevit_kernels.ragged_attention import ragged_attention
 

@@ -23,8 +23,8 @@ import torch
 import typer
 
 from prunevit import PrunedViT, Runtime, shapes
-from prunevit._machine import machine
 from prunevit.benchmark.interleaved import Peer, run_interleaved, speedup
+from prunevit.machine import machine
 from prunevit.nn import accelerate
 from prunevit_kernels.library import packs
 

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from prunevit import PrunedViT, Runtime, shapes
-from prunevit._machine import machine
 from prunevit.benchmark import MODEL_PEERS, PeerFailed, compare, missing
+from prunevit.machine import machine
 from prunevit.runtime.explain import Explanation
 
 console = Console(stderr=True)

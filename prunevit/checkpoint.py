@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 
 from ._atomic import previous_name, replace_directory
 from .errors import CheckpointError, SpecError
+from .machine import installed
 from .models.origin import CONFIG, MAX_CONFIG_BYTES, MAX_PLAN_BYTES, PLAN, read_json
 from .models.registry import WEIGHTS, pretrained_cfg_of
 from .models.tensors import check_file, check_finite, check_shapes
@@ -139,15 +139,9 @@ def _config(model: PrunedViT) -> dict[str, Any]:
         "global_pool": spec.global_pool,
         "pretrained_cfg": pretrained_cfg_of(spec, model.pretrained_cfg),
         "model_args": {"spec": spec.to_dict()},
-        "prunevit": {**model.provenance, "prunevit_version": _version()},
+        # unknown: of a source tree that is not installed
+        "prunevit": {**model.provenance, "prunevit_version": installed("prunevit") or "unknown"},
     }
-
-
-def _version() -> str:
-    try:
-        return version("prunevit")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"
 
 
 def _dumps(what: str, value: Any, indent: int | None = None) -> str:

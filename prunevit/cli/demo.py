@@ -33,7 +33,7 @@ def command(
         start = time.monotonic()
         import torch
 
-        from .._machine import machine
+        from ..machine import machine
         from ..plots import plot_shape
         from ._digits_demo import Steps, run_digits
         from ._latency_demo import run_latency

@@ -17,8 +17,8 @@ from torch import Tensor
 from prunevit_kernels import Launch, Target
 from prunevit_kernels.cpu import extension
 
-from .._machine import machine
 from ..errors import InputError, expect
+from ..machine import machine
 from ..spec import ViTSpec
 from .engine import Program
 from .peaks import PeakProbe, Peaks
