@@ -38,6 +38,7 @@ def choose_target(
     that builds it, where the native extension is missing.
     """
     expect(backend in ("auto", *BACKENDS), InputError, f"a backend among auto, {', '.join(BACKENDS)}", got=backend)
+    expect(threads is None or threads >= 1, InputError, "at least one thread", got=threads)
     if device is None:
         wants_gpu = backend == "cuda" or (backend in ("auto", "torch") and torch.cuda.is_available())
         device = "cuda" if wants_gpu else "cpu"
@@ -48,7 +49,7 @@ def choose_target(
     chosen = _automatic(device, dtype) if backend == "auto" else backend
     if dtype is None:
         dtype = torch.bfloat16 if chosen == "cuda" else torch.float32
-    target = Target(chosen, device, dtype, threads or cores())
+    target = Target(chosen, device, dtype, cores() if threads is None else threads)
     logger.info("backend %s on %s in %s", chosen, device, str(dtype).removeprefix("torch."))
     return target
 

@@ -164,6 +164,12 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         Runtime(random_model(SPECS["uniform"]), device="cuda")
 
 
+@pytest.mark.parametrize("threads", [0, -1])
+def test_no_threads_is_an_error(threads: int) -> None:
+    with pytest.raises(InputError, match=f"at least one thread, got {threads}"):
+        Runtime(random_model(SPECS["uniform"]), device="cpu", threads=threads)
+
+
 def test_a_missing_extension_is_a_warning_with_the_command_that_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prunevit.runtime.backend.cpu_extension_built", lambda: False)
     with pytest.warns(RuntimeWarning, match="setup.py build_ext --inplace"):
