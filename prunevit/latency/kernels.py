@@ -23,9 +23,9 @@ from prunevit_kernels import (
     TokenScores,
 )
 
-from ..runtime.explain import _stopwatch
 from ..runtime.latent_pool import LatentPool
 from ..runtime.sizes import Fixed, StepSize
+from ..runtime.stopwatch import stopwatch
 
 EPS = 1e-6
 ENOUGH_MS, ROUNDS = 30.0, 4  # a step and its reference are timed for at least so long, and at least so often
@@ -56,7 +56,7 @@ class Clock:
         return best * self.reference_ms / beside
 
     def _timed(self, op: str, fixed: Fixed, widths: Sequence[int], calls: int = CALLS) -> Callable[[], list[float]]:
-        timed = _stopwatch(self.maker.launches(op, fixed, widths, calls), self.target)
+        timed = stopwatch(self.maker.launches(op, fixed, widths, calls), self.target)
         timed()
         return timed
 
