@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .. import api
+from .._units import si
 from ..errors import PruningError, expect
 from ..models.vit import PrunedViT
 from ..pruning import Step
@@ -19,7 +20,7 @@ from ..spec import ViTSpec
 from ._budgets import LOOKS_AT_IMAGES, Constraints, names_of
 from ._measure import accuracy
 from ._models import data_for, device_of, is_checkpoint, open_model, spec_of
-from ._output import Bar, Output, count, percent, si, table
+from ._output import Bar, Output, count, percent, table
 
 
 @dataclass(frozen=True)

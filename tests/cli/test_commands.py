@@ -17,7 +17,9 @@ from PIL import Image
 from prunevit import api, shapes
 from prunevit.cli import app
 from prunevit.data import DIGITS_CFG, data_config, load_data
+from prunevit.plots import QK, V, plot_shape
 from prunevit.pruning import Plan
+from tests.specs import SPECS
 
 from .conftest import Call, refused
 
@@ -94,9 +96,13 @@ def test_info_draws_the_shape(call: Call, tmp_path: Path, suffix: str) -> None:
     assert path.read_bytes().startswith(start)
 
 
-def test_the_picture_shows_the_widths(call: Call, tmp_path: Path) -> None:
-    from prunevit.plots import QK, V
+@pytest.mark.parametrize("name", ["no_blocks", "no_heads_anywhere", "removed_sublayers"])
+def test_what_is_not_there_is_drawn_too(name: str, tmp_path: Path) -> None:
+    text = plot_shape(SPECS[name], tmp_path / "shape.svg").read_text("utf-8")
+    assert ("emptied" in text, "removed" in text) == (name == "no_heads_anywhere", name == "removed_sublayers")
 
+
+def test_the_picture_shows_the_widths(call: Call, tmp_path: Path) -> None:
     def area(name: str, colour: str) -> int:
         call("info", name, "--plot", tmp_path / "shape.png")
         pixels = np.asarray(Image.open(tmp_path / "shape.png").convert("RGB")).astype(int)
