@@ -14,12 +14,12 @@ from . import checkpoint, pruning
 from .errors import PruningError, RuntimeMismatch, expect
 from .latency import Deployment, Measured
 from .latency.table import OnNode
+from .models.from_timm import as_pruned
 from .models.vit import PrunedViT
 from .pruning import Budget
 from .pruning.budget import Constraints, Cost
 from .pruning.method import Batches, Data
 from .pruning.prune import AnyMethod
-from .pruning.surgery import as_pruned
 from .runtime import Runtime
 from .spec import ViTSpec
 

@@ -15,10 +15,12 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from ._atomic import previous_name, replace_directory
-from .errors import CheckpointError, SpecError
+from .errors import CheckpointError, InputError, SpecError, expect
 from .machine import installed
+from .models.from_timm import as_pruned
 from .models.origin import CONFIG, MAX_CONFIG_BYTES, MAX_PLAN_BYTES, PLAN, read_json
 from .models.registry import WEIGHTS, pretrained_cfg_of
 from .models.tensors import check_file, check_finite, check_shapes
@@ -93,6 +95,15 @@ def load(path: str | os.PathLike[str]) -> PrunedViT:
     model.load_state_dict(state, assign=True)
     model.plan, model.provenance, model.pretrained_cfg = plan, config.provenance, config.pretrained_cfg
     return model.eval()
+
+
+def model_of(model: str | os.PathLike[str] | nn.Module) -> PrunedViT:
+    """A checkpoint directory, a PrunedViT or a timm ViT as a PrunedViT."""
+    if isinstance(model, nn.Module):
+        return as_pruned(model)
+    given = type(model).__name__
+    expect(isinstance(model, str | os.PathLike), InputError, "a checkpoint directory or a model", got=given)
+    return load(model)
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:

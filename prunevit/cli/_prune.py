@@ -12,10 +12,10 @@ from typing import Any
 from .. import api
 from .._units import si
 from ..errors import PruningError, expect
+from ..models.from_timm import as_pruned
 from ..models.vit import PrunedViT
 from ..pruning import Step
 from ..pruning.journal import Probe, plot_journal
-from ..pruning.surgery import as_pruned
 from ..spec import ViTSpec
 from ._budgets import LOOKS_AT_IMAGES, Constraints, names_of
 from ._measure import accuracy

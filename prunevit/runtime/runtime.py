@@ -15,7 +15,6 @@ from prunevit_kernels import BackendName
 
 from .. import checkpoint
 from ..errors import InputError, expect
-from ..models.from_timm import from_timm
 from ..models.vit import PrunedViT
 from ..spec import ViTSpec
 from .backend import choose_target, tuned
@@ -58,7 +57,7 @@ class Runtime:
         cuda_graphs: bool = True,
         tuning: str | os.PathLike[str] | None = None,
     ) -> None:
-        source = _as_pruned(model)
+        source = checkpoint.model_of(model)
         self.spec = source.spec
         self.target = tuned(choose_target(device, dtype, backend, threads), _tuning_file(model, tuning))
         self.check_nan = self.target.device.type == "cpu" if check_nan is None else check_nan
@@ -161,14 +160,3 @@ def _dense_spec(source: PrunedViT) -> ViTSpec | None:
     """What the model was pruned from, as its plan has it."""
     dense = (source.plan or {}).get("dense")
     return ViTSpec.from_dict(dense) if isinstance(dense, dict) else None
-
-
-def _as_pruned(model: str | os.PathLike[str] | nn.Module) -> PrunedViT:
-    if isinstance(model, PrunedViT):
-        return model
-    if isinstance(model, nn.Module):
-        return from_timm(model)
-    expect(
-        isinstance(model, str | os.PathLike), InputError, "a checkpoint directory or a model", got=type(model).__name__
-    )
-    return checkpoint.load(Path(model))
