@@ -1,4 +1,4 @@
-"""The facade: what ``import prunevit`` gives. It alone sees pruning and runtime together."""
+"""The facade: what ``import prunevit`` gives. It brings pruning, runtime and latency together."""
 
 from __future__ import annotations
 
