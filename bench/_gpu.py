@@ -8,24 +8,22 @@ the command that does the rest is printed.
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from _record import environment
+from _record import write as write_record
 from _show import table
 from _works import Work, blocks_of, cost, floor_ms, goals
 from rich.console import Console
 from rich.table import Table
 
 from prunevit import shapes
-from prunevit._machine import machine
 from prunevit.benchmark import Peer, run_interleaved, speedup
 from prunevit_kernels._configs import MLP_KERNELS
 
@@ -45,7 +43,7 @@ console = Console(stderr=True)
 
 
 def works_of(kind: str, name: str, batches: list[int]) -> list[Work]:
-    return [{"name": name, "batch": b} for b in batches] if kind == "model" else blocks_of(kind, name, batches)
+    return [{"name": name, "batch": b} for b in batches] if kind == "model" else blocks_of(kind, [name], batches)
 
 
 def measure(
@@ -193,33 +191,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def write(kind: str, record: dict[str, Any], out: Path) -> None:
     """JSON, CSV and a picture, named by the GPU; rows that the JSON file has from earlier runs stay."""
     gpu = re.sub(r"[^a-z0-9]+", "-", str(record["environment"]["gpu"] or "no-gpu").lower()).strip("-")
-    out.mkdir(parents=True, exist_ok=True)
     file = out / f"{kind}-{gpu}.json"
     new = {(row["shape"], row["batch"]) for row in record["rows"]}
     old = json.loads(file.read_text("utf-8"))["rows"] if file.exists() else []
     rows = [row for row in old if (row["shape"], row["batch"]) not in new] + record["rows"]
-    file.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n", "utf-8")
-    with file.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_record({**record, "rows": rows}, file)
     plot(rows, file.with_suffix(".png"))
-
-
-def environment(dtype: str) -> dict[str, Any]:
-    """What a number travels with."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    versions: dict[str, Any] = {"triton": _version("triton"), "cuda": torch.version.cuda}
-    if torch.cuda.is_available():
-        facts = torch.cuda.get_device_properties(0)
-        versions |= {"sm": 10 * facts.major + facts.minor, "multiprocessors": facts.multi_processor_count}
-    return {**machine(), **versions, "dtype": dtype, "commit": commit.stdout.strip(), "command": " ".join(sys.argv)}
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
 
 
 def bench(

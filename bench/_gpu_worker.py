@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +24,8 @@ from _works import TOKENS, Cost, Work, make, padded_spec, up8
 from torch import Tensor
 
 from prunevit import PrunedViT, Runtime, shapes
+from prunevit.benchmark import serve, timed
+from prunevit.runtime.peaks import PeakProbe
 from prunevit.runtime.work import exponentials, useful_bytes
 from prunevit_kernels import Target
 from prunevit_kernels._launch import TritonOp
@@ -70,11 +72,16 @@ def costs_of(runtime: Runtime, images: Tensor) -> list[Cost]:
         ]
 
 
+def target_of(job: dict[str, Any]) -> Target:
+    """The GPU; or, to try a benchmark where there is none, the reference on a CPU."""
+    dtype = getattr(torch, job["dtype"])
+    return Target("cuda", torch.device("cuda", 0), dtype) if job["device"] == "cuda" else Target("torch", dtype=dtype)
+
+
 def op_of(job: dict[str, Any], work: Work) -> Run | None:
     """One op on buffers of its own, in place where the op is; None where a kernel of ours does not take the shape."""
-    impl, op, dtype = job["impl"], job["kind"], getattr(torch, job["dtype"])
-    on_gpu = job["device"] == "cuda"
-    target = Target("cuda", torch.device("cuda", 0), dtype) if on_gpu else Target("torch", dtype=dtype)
+    impl, op = job["impl"], job["kind"]
+    target = target_of(job)
     made, buffers = make(op, work, target)
     if impl.startswith("prunevit"):
         return ours(impl.removeprefix("prunevit").removeprefix(":"), made.pack(target), buffers, work)
@@ -83,7 +90,7 @@ def op_of(job: dict[str, Any], work: Work) -> Run | None:
     function = padded(op, work, target)
     if impl == "inductor max-autotune":
         function = torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
-    x = torch.randn(work["batch"], TOKENS, up8(work["e"]), device=target.device).to(dtype)
+    x = torch.randn(work["batch"], TOKENS, up8(work["e"]), device=target.device).to(target.dtype)
     return lambda: function(x)
 
 
@@ -158,31 +165,15 @@ def event_times(run: Run, seconds: float) -> list[float]:
     return times
 
 
-def wall_times(run: Run, seconds: float) -> list[float]:
-    """The same on a CPU, to try a benchmark where there is no GPU."""
-    start = time.perf_counter()
-    run()
-    return [1e3 * (time.perf_counter() - start)]
-
-
 def peaks(job: dict[str, Any]) -> dict[str, float]:
-    """FLOP/s of a large product of random matrices, bytes/s of a large copy, exponentials/s by the units and clock."""
-    device, on_gpu = job["device"], job["device"] == "cuda"
-    size, timed = (8192, event_times) if on_gpu else (256, wall_times)
-    a, b = (torch.randn(size, size, device=device).to(getattr(torch, job["dtype"])) for _ in range(2))
-    out = torch.empty_like(a)
-    flops = 2 * size**3 / statistics.median(timed(lambda: torch.mm(a, b, out=out), 0.5)) * 1e3
-    units = 1.0
-    if on_gpu:
-        clock = subprocess.run(
-            ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, check=True,
-        ).stdout.split()[0]  # fmt: skip
-        units = 16 * torch.cuda.get_device_properties(0).multi_processor_count * float(clock) * 1e6
-    source = torch.randn(size * size * 4, device=device)
-    copy = torch.empty_like(source)
-    moved = 2 * source.nbytes / statistics.median(timed(lambda: copy.copy_(source), 0.3)) * 1e3
-    return {"flops": flops, "bandwidth": moved, "exps": units}
+    """FLOP/s, bytes/s and exponentials/s that this machine can do at most."""
+    probe, until = PeakProbe(target_of(job)), time.perf_counter() + 0.5
+    while time.perf_counter() < until:
+        probe.sample()
+    found = probe.result()
+    if found.exps is None and job["device"] == "cuda":
+        raise SystemExit("expected nvidia-smi to tell the GPU's clock, got nothing")
+    return {"flops": found.flops, "bandwidth": found.memory, "exps": found.exps or math.inf}
 
 
 def built(job: dict[str, Any]) -> list[Run | None]:
@@ -208,20 +199,19 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 10_000
     torch._dynamo.config.accumulated_recompile_limit = 100_000
     if job["impl"] == "peak":
-        print(json.dumps({"built": "peak", **peaks(job)}), flush=True)
-        for _ in sys.stdin:
-            print(json.dumps({"ms": [0.0]}), flush=True)
+        serve(lambda _: [0.0], **peaks(job))
         return
     runs = built(job)
-    timed = event_times if job["device"] == "cuda" else wall_times
+    time_of = event_times if job["device"] == "cuda" else timed
     repeats = 1 if job["kind"] == "model" or job["device"] != "cuda" else REPEATS
     costs = [work["costs"] for work in job["works"] if "costs" in work]
     kernels = [work.get("kernel") for work in job["works"]]
-    print(json.dumps({"built": job["impl"], "costs": costs, "kernels": kernels}), flush=True)
-    for line in sys.stdin:
-        each = float(line) / len(runs)
-        times = [None if run is None else statistics.median(timed(run, each)) / repeats for run in runs]
-        print(json.dumps({"ms": times}), flush=True)
+
+    def sample(seconds: float) -> list[float | None]:
+        each = seconds / len(runs)
+        return [None if run is None else statistics.median(time_of(run, each)) / repeats for run in runs]
+
+    serve(sample, costs=costs, kernels=kernels)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ measured memory bandwidth, useful work only.
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,41 +20,20 @@ import _gpu
 import torch
 import torch.nn.functional as F
 import typer
+from _record import environment, write
 from _show import table
-from _works import TOKENS, Work, cost, make
+from _works import TOKENS, Work, blocks_of, cost, make
 from rich.console import Console
 from torch import Tensor
 
 from prunevit import shapes
-from prunevit._machine import machine
-from prunevit.benchmark import Peer, run_interleaved
+from prunevit.benchmark import Peer, run_interleaved, serve, timed
 from prunevit_kernels import FusedMlp, NormLinear, Op, RaggedAttention, Target
+from prunevit_kernels.cpu import extension
 from prunevit_kernels.ragged_attention import ragged_attention
 
 IMPLS = ("prunevit", "eager", "eager padded", "torch.compile")
 LANES = 16
-
-
-def works(names: list[str], batches: list[int]) -> list[Work]:
-    """The blocks of the named models at each batch size, no two alike."""
-    found: dict[str, Work] = {}
-    for name in names:
-        spec = shapes.get(name)
-        for i, block in enumerate(spec.blocks):
-            facts = {"e": spec.embed_dim, "qk": list(block.qk_dims), "v": list(block.v_dims), "f": block.mlp_dim}
-            for batch in batches:
-                found.setdefault(json.dumps([facts, batch]), {"name": f"{name}.block{i}", "batch": batch, **facts})
-    return list(found.values())
-
-
-def relevant(op: str, all_works: list[Work]) -> list[Work]:
-    """Those that this op has something to do in, no two alike to it."""
-    found = {}
-    for work in all_works:
-        if work["f"] if op == "fused_mlp" else work["qk"]:
-            flops, touched, _ = cost(op, work, itemsize=4)
-            found.setdefault((work["e"], work["batch"], flops, touched), work)
-    return list(found.values())
 
 
 def build(impl: str, op: str, work: Work, threads: int) -> Callable[[], object]:
@@ -107,35 +84,19 @@ def worker(job: dict[str, Any]) -> None:
     torch._dynamo.config.recompile_limit = 10_000
     torch.manual_seed(0)
     if job["impl"] == "peak":
-        from prunevit_kernels import _cpu
-
-        runs: list[Callable[[], object]] = []
-        facts = {"bandwidth": _cpu.bandwidth(job["threads"], 1 << 28, 300)}
-    else:
-        runs = [build(job["impl"], job["op"], work, job["threads"]) for work in job["works"]]
-        facts = {}
-        for run in runs:
-            run()
-            run()
-    print(json.dumps({"built": job["impl"], **facts}), flush=True)
-    for line in sys.stdin:
-        if job["impl"] == "peak":
-            print(json.dumps({"ms": [_cpu.fma_peak(job["threads"], 50)]}), flush=True)
-            continue
-        medians = []
-        for run in runs:
-            until, times = time.perf_counter() + float(line) / len(runs), list[float]()
-            run()
-            while len(times) < 3 or time.perf_counter() < until:
-                start = time.perf_counter()
-                run()
-                times.append((time.perf_counter() - start) * 1e3)
-            medians.append(statistics.median(times))
-        print(json.dumps({"ms": medians}), flush=True)
+        native = extension()
+        bandwidth = native.bandwidth(job["threads"], 1 << 28, 300)
+        serve(lambda _: [native.fma_peak(job["threads"], 50)], bandwidth=bandwidth)
+        return
+    runs = [build(job["impl"], job["op"], work, job["threads"]) for work in job["works"]]
+    for run in runs:
+        run()
+        run()
+    serve(lambda seconds: [statistics.median(timed(run, seconds / len(runs), least=3)) for run in runs])
 
 
 def measure(op: str, names: list[str], batches: list[int], threads: int, impls: list[str]) -> list[dict[str, Any]]:
-    todo = relevant(op, works(names, batches))
+    todo = blocks_of(op, names, batches)
     program = (str(Path(__file__).resolve()),)
     peers = [Peer(impl, {"op": op, "works": todo}, program) for impl in [*impls, "peak"]]
     console = Console(stderr=True)
@@ -153,7 +114,7 @@ def measure(op: str, names: list[str], batches: list[int], threads: int, impls: 
             rows.append(
                 {
                     "op": op,
-                    "shape": work["name"],
+                    "shape": f"{work['name']}.block{work['block']}",
                     "batch": work["batch"],
                     "threads": threads,
                     "impl": name,
@@ -213,13 +174,7 @@ def command(op: str) -> None:
         rows = measure(op, shape.split(","), batches, threads, chosen)
         show(rows)
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            record = {"environment": {**machine(), "threads": threads, "command": " ".join(sys.argv)}, "rows": rows}
-            (out / f"{op}-cpu.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-            with (out / f"{op}-cpu.csv").open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            write({"environment": environment("float32", threads=threads), "rows": rows}, out / f"{op}-cpu.json")
 
     typer.run(main)
 

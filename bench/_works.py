@@ -32,16 +32,18 @@ def padded_spec(spec: ViTSpec, *, grouped: bool) -> ViTSpec:
     return spec.model_copy(update={"embed_dim": up8(spec.embed_dim), "blocks": tuple(map(block, spec.blocks))})
 
 
-def blocks_of(op: str, name: str, batches: list[int]) -> list[Work]:
-    """The blocks of a shape at each batch size, no two alike to this op."""
-    spec, found = shapes.get(name), dict[object, Work]()
-    for i, block in enumerate(spec.blocks):
-        qk, v, f = list(block.qk_dims), list(block.v_dims), block.mlp_dim
-        alike = {"fused_mlp": f, "norm_linear": sum(qk) * 2 + sum(v)}.get(op, str((qk, v)))
-        if f if op == "fused_mlp" else qk:
-            for batch in batches:
-                facts = {"name": name, "block": i, "batch": batch, "e": spec.embed_dim, "qk": qk, "v": v, "f": f}
-                found.setdefault((alike, batch), facts)
+def blocks_of(op: str, names: list[str], batches: list[int]) -> list[Work]:
+    """The blocks of some shapes at each batch size, no two alike to this op."""
+    found = dict[object, Work]()
+    for name in names:
+        spec = shapes.get(name)
+        for i, block in enumerate(spec.blocks):
+            qk, v, f = list(block.qk_dims), list(block.v_dims), block.mlp_dim
+            alike = {"fused_mlp": f, "norm_linear": sum(qk) * 2 + sum(v)}.get(op, str((qk, v)))
+            if f if op == "fused_mlp" else qk:
+                for batch in batches:
+                    facts = {"name": name, "block": i, "batch": batch, "e": spec.embed_dim, "qk": qk, "v": v, "f": f}
+                    found.setdefault((spec.embed_dim, alike, batch), facts)
     return list(found.values())
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +23,8 @@ import torch
 import typer
 
 from prunevit import PrunedViT, Runtime, shapes
-from prunevit._machine import machine
-from prunevit.benchmark.interleaved import Peer, run_interleaved, speedup
+from prunevit.benchmark import Peer, run_interleaved, serve, speedup, timed
+from prunevit.machine import machine
 from prunevit.nn import accelerate
 from prunevit_kernels.library import packs
 
@@ -68,15 +68,7 @@ def worker(job: dict[str, Any]) -> None:
     run = build(job["impl"], job["model"], job["batch"], job["threads"])
     run()
     run()
-    print(json.dumps({"built": job["impl"]}), flush=True)
-    for line in sys.stdin:
-        until, times = time.perf_counter() + float(line), list[float]()
-        run()  # a process that was stopped finds cold caches
-        while len(times) < 2 or time.perf_counter() < until:
-            start = time.perf_counter()
-            run()
-            times.append((time.perf_counter() - start) * 1e3)
-        print(json.dumps({"ms": times}), flush=True)
+    serve(partial(timed, run))
 
 
 def main(

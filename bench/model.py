@@ -12,10 +12,7 @@ is compared on a GPU; ``--roofline`` shows where the time goes, step by step, on
 
 from __future__ import annotations
 
-import csv
 import json
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,12 +20,13 @@ from typing import Annotated, Any
 import _gpu
 import torch
 import typer
+from _record import environment
+from _record import write as write_record
 from _show import table
 from rich.console import Console
 from rich.table import Table
 
 from prunevit import PrunedViT, Runtime, shapes
-from prunevit._machine import machine
 from prunevit.benchmark import MODEL_PEERS, PeerFailed, compare, missing
 from prunevit.runtime.explain import Explanation
 
@@ -42,20 +40,6 @@ GOALS = {
     "ragged_deit_small": (1.5, 1.3, 0.75),
     "savit_deit_base": (1.6, 1.2, 0.78),
 }
-
-
-def environment(threads: int) -> dict[str, Any]:
-    """What a number must travel with."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    here = machine()
-    return {
-        **here,
-        "versions": {name: found or "not installed" for name, found in here["versions"].items()},
-        "threads": threads,
-        "dtype": "float32",
-        "commit": commit.stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
-    }
 
 
 def measure(shape: str, batch: int, threads: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
@@ -183,7 +167,8 @@ def main(
         except PeerFailed as error:
             console.print(f"[red]{shape}, batch {size}:[/] {error}")
             raise typer.Exit(1) from error
-        write({"environment": environment(threads), "rows": rows}, out, json_)  # what is measured is kept
+        # what is measured is kept
+        write({"environment": environment("float32", threads=threads), "rows": rows}, out, json_)
     Console().print(table_of(rows))
 
 
@@ -198,12 +183,7 @@ def write(record: dict[str, Any], out: Path | None, json_: Path | None) -> None:
         json_.write_text(json.dumps(record, indent=1) + "\n")
     if out is None:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "model-cpu.json").write_text(json.dumps(record, indent=1) + "\n")
-    with (out / "model-cpu.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_record(record, out / "model-cpu.json")
     plot(rows, out / "model-cpu.png")
 
 

@@ -53,7 +53,7 @@ _HOMES = {
 }
 _PARTS = {
     *("api", "benchmark", "checkpoint", "cli", "data", "errors", "interop", "latency", "models", "nn"),
-    *("plots", "pruning", "runtime", "schema", "shapes", "spec"),
+    *("machine", "plots", "pruning", "runtime", "schema", "shapes", "spec"),
 }
 
 _timm.register_when_imported()

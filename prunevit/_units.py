@@ -1,4 +1,4 @@
-"""What people write for how much may remain: "45%", "2.0G", "20ms". Without torch: the command line reads it."""
+"""Numbers with units: what people write for how much may remain, and how one is shown. Without torch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ UNITS = {"latency": MILLISECONDS, "memory": BYTES}
 EXAMPLES = {"latency": "20ms", "memory": "50MB"}
 
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(%|[a-zA-Zµ]*)\s*")
+
+
+def si(number: float, unit: str = "") -> str:
+    """2_037_000_000 as "2.04 G"."""
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {prefix}{unit}"
+    return f"{number:.0f} {unit}".rstrip()
 
 
 def read_amount(name: str, text: str) -> tuple[float, bool]:

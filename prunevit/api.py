@@ -1,4 +1,4 @@
-"""The facade: what ``import prunevit`` gives. It alone sees pruning and runtime together."""
+"""The facade: what ``import prunevit`` gives. It brings pruning, runtime and latency together."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from . import checkpoint, pruning
 from .errors import PruningError, RuntimeMismatch, expect
 from .latency import Deployment, Measured
 from .latency.table import OnNode
+from .models.from_timm import as_pruned
 from .models.vit import PrunedViT
 from .pruning import Budget
 from .pruning.budget import Constraints, Cost
 from .pruning.method import Batches, Data
 from .pruning.prune import AnyMethod
-from .pruning.surgery import as_pruned
 from .runtime import Runtime
 from .spec import ViTSpec
 

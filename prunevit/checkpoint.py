@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from ._atomic import previous_name, replace_directory
-from .errors import CheckpointError, SpecError
+from .errors import CheckpointError, InputError, SpecError, expect
+from .machine import installed
+from .models.from_timm import as_pruned
 from .models.origin import CONFIG, MAX_CONFIG_BYTES, MAX_PLAN_BYTES, PLAN, read_json
 from .models.registry import WEIGHTS, pretrained_cfg_of
 from .models.tensors import check_file, check_finite, check_shapes
@@ -95,6 +97,15 @@ def load(path: str | os.PathLike[str]) -> PrunedViT:
     return model.eval()
 
 
+def model_of(model: str | os.PathLike[str] | nn.Module) -> PrunedViT:
+    """A checkpoint directory, a PrunedViT or a timm ViT as a PrunedViT."""
+    if isinstance(model, nn.Module):
+        return as_pruned(model)
+    given = type(model).__name__
+    expect(isinstance(model, str | os.PathLike), InputError, "a checkpoint directory or a model", got=given)
+    return load(model)
+
+
 def read_config(path: str | os.PathLike[str]) -> Config:
     """Read and check ``config.json`` of a checkpoint directory; no tensor is touched."""
     directory = Path(path)
@@ -139,15 +150,9 @@ def _config(model: PrunedViT) -> dict[str, Any]:
         "global_pool": spec.global_pool,
         "pretrained_cfg": pretrained_cfg_of(spec, model.pretrained_cfg),
         "model_args": {"spec": spec.to_dict()},
-        "prunevit": {**model.provenance, "prunevit_version": _version()},
+        # unknown: of a source tree that is not installed
+        "prunevit": {**model.provenance, "prunevit_version": installed("prunevit") or "unknown"},
     }
-
-
-def _version() -> str:
-    try:
-        return version("prunevit")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"
 
 
 def _dumps(what: str, value: Any, indent: int | None = None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ._units import si
 from .spec import BlockSpec, ViTSpec
 
 if TYPE_CHECKING:
@@ -55,14 +56,29 @@ def plot_shape(spec: ViTSpec, path: str | Path, *, name: str = "", dense: ViTSpe
     return path
 
 
+def originals_of(spec: ViTSpec, dense: ViTSpec | None) -> tuple[BlockSpec, ...]:
+    """What each block was pruned from, as far as that is known; else the blocks themselves."""
+    return dense.blocks if dense is not None and dense.depth == spec.depth else spec.blocks
+
+
+def head_unit(spec: ViTSpec, dense: ViTSpec | None) -> int:
+    """The width that fills a head's place: a dense head's, which the score scale still tells."""
+    both = (*spec.blocks, *originals_of(spec, dense))
+    return max([1, *(max(round(b.attn_scale**-2), *b.qk_dims, *b.v_dims, 1) for b in both)])
+
+
+def gone(present: bool) -> str:
+    """What a sublayer without widths is: emptied, its output bias stays; removed, nothing does."""
+    return "emptied" if present else "removed"
+
+
 def _draw_heads(axes: Axes, spec: ViTSpec, dense: ViTSpec | None) -> None:
     """Each head a slot as wide as the dense head: above its query-key width, below its value width."""
-    unit = max(_dense_width(block) for block in [*spec.blocks, *(dense.blocks if dense else ())])
-    slots = max([1, *(block.num_heads for block in [*spec.blocks, *(dense.blocks if dense else ())])])
+    originals, unit = originals_of(spec, dense), head_unit(spec, dense)
+    slots = max([1, *(block.num_heads for block in (*spec.blocks, *originals))])
     numbers = slots <= 8
-    for row, block in enumerate(spec.blocks):
-        ghosts = dense.blocks[row].num_heads if dense and dense.depth == spec.depth else block.num_heads
-        for slot in range(max(ghosts, block.num_heads)):
+    for row, (block, original) in enumerate(zip(spec.blocks, originals)):
+        for slot in range(max(original.num_heads, block.num_heads)):
             axes.barh(row, unit, 0.72, left=slot * unit * (1 + GAP), color=GHOST, linewidth=0)
         for slot, widths in enumerate(zip(block.qk_dims, block.v_dims)):
             left = slot * unit * (1 + GAP)
@@ -80,9 +96,7 @@ def _draw_heads(axes: Axes, spec: ViTSpec, dense: ViTSpec | None) -> None:
                         color="white" if inside else SOFT,
                     )
         if not block.num_heads:
-            # emptied: the output bias stays; removed: nothing does
-            what = "no head" if block.has_attn else "removed"
-            axes.text(0.03 * unit, row, what, size=7, va="center", color=SOFT)
+            axes.text(0.03 * unit, row, gone(block.has_attn), size=7, va="center", color=SOFT)
         axes.text(-0.12 * unit, row, str(row), size=8, va="center", ha="right", color=SOFT)
     axes.set_xlim(0, slots * unit * (1 + GAP) - GAP * unit)
     _title(
@@ -97,13 +111,13 @@ def _draw_heads(axes: Axes, spec: ViTSpec, dense: ViTSpec | None) -> None:
 
 
 def _draw_mlp(axes: Axes, spec: ViTSpec, dense: ViTSpec | None) -> None:
-    widest = max([1, *(block.mlp_dim for block in [*spec.blocks, *(dense.blocks if dense else ())])])
-    for row, block in enumerate(spec.blocks):
-        ghost = dense.blocks[row].mlp_dim if dense and dense.depth == spec.depth else block.mlp_dim
-        axes.barh(row, ghost, 0.72, color=GHOST, linewidth=0)
+    originals = originals_of(spec, dense)
+    widest = max([1, *(block.mlp_dim for block in (*spec.blocks, *originals))])
+    for row, (block, original) in enumerate(zip(spec.blocks, originals)):
+        axes.barh(row, original.mlp_dim, 0.72, color=GHOST, linewidth=0)
         axes.barh(row, block.mlp_dim, 0.72, color=MLP, linewidth=0)
         inside = block.mlp_dim > 0.25 * widest
-        text = str(block.mlp_dim or ("no MLP" if block.has_mlp else "removed"))
+        text = str(block.mlp_dim or gone(block.has_mlp))
         at = block.mlp_dim - 0.02 * widest if inside else block.mlp_dim + 0.02 * widest
         colour = "white" if inside else SOFT
         axes.text(at, row, text, size=7, va="center", ha="right" if inside else "left", color=colour)
@@ -130,11 +144,6 @@ def _draw_macs(axes: Axes, spec: ViTSpec, dense: ViTSpec | None) -> None:
         axes.text(widest * 1.04, row, f"{100 * cost.macs / spec.macs():.1f} %", size=7, va="center", color=INK)
     axes.set_xlim(0, widest * 1.28)
     _title(axes, [("MACs", INK), ("qkv, proj", LINEAR), ("QKᵀ, AV", PRODUCTS), ("MLP", MLP)])
-
-
-def _dense_width(block: BlockSpec) -> int:
-    """The dense head's width, from the softmax scale that a block keeps; never below what the block has."""
-    return max(round(block.attn_scale**-2), *block.qk_dims, *block.v_dims, 1)
 
 
 def _bare(axes: Axes, depth: int) -> None:
@@ -166,7 +175,7 @@ def _title(axes: Axes, words: list[tuple[str, str]]) -> None:
 
 def _summary(spec: ViTSpec, dense: ViTSpec | None) -> str:
     macs, params = spec.macs(), spec.params()
-    parts = [f"{_si(macs)}MAC an image", f"{_si(params)} parameters"]
+    parts = [f"{si(macs, 'MAC')} an image", f"{si(params)} parameters"]
     if dense is not None:
         parts = [
             f"{parts[0]}, {100 * macs / dense.macs():.0f} % of dense",
@@ -177,10 +186,3 @@ def _summary(spec: ViTSpec, dense: ViTSpec | None) -> str:
         width += f" of {dense.embed_dim}"
     size = " × ".join(str(side) for side in spec.img_size)
     return "   ·   ".join([f"{spec.depth} blocks", *parts, width, f"{size} px"])
-
-
-def _si(count: float) -> str:
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f} "

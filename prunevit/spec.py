@@ -220,9 +220,14 @@ class ViTSpec(_Frozen):
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Patches down and across; dynamic padding rounds up, everything else down."""
-        pad = [p - 1 if self.dynamic_img_pad else 0 for p in self.patch_size]
-        return ((self.img_size[0] + pad[0]) // self.patch_size[0], (self.img_size[1] + pad[1]) // self.patch_size[1])
+        """Patches down and across."""
+        return self.grid_of(self.img_size)
+
+    def grid_of(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Patches down and across an image; dynamic padding rounds up, everything else down."""
+        (height, width), (p, q) = img_size, self.patch_size
+        pad = (p - 1, q - 1) if self.dynamic_img_pad else (0, 0)
+        return (height + pad[0]) // p, (width + pad[1]) // q
 
     @property
     def num_patches(self) -> int:

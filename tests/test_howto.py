@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +24,10 @@ import prunevit
 from prunevit.cli import app
 from tests.clock import count_macs
 
-PAGES = sorted((Path(__file__).parents[1] / "docs/how-to").glob("*.md"))
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs/how-to").glob("*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+NAME = re.compile(r"(?<![\w.])prunevit(?:\.[A-Za-z_]\w*)+")
 STANDS_FOR = {
     "deit_small_patch16_224.fb_in1k": "dense",
     "--epochs 30": "--epochs 1",
@@ -62,6 +66,18 @@ def test_there_are_pages() -> None:
     assert {"explain", "bench", "export", "import"} <= {page.stem for page in PAGES}
 
 
+def test_every_name_that_a_page_gives_is_there() -> None:
+    pages = [page.read_text("utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))]
+    code = [block for page in pages for language, block in FENCE.findall(page) if language == "python"]
+    used = sorted({name for block in code for name in NAME.findall(block)})
+    told = sorted({name for page in pages for name in NAME.findall(page)})
+    assert "prunevit.pruning.recover" in used
+    # in a process of its own: what another test has imported would hide that a reader's `import prunevit` does not
+    script = f"import pkgutil, prunevit\nfor name in {used}: eval(name)\nfor name in {told}: pkgutil.resolve_name(name)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_runs(page: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(world, tmp_path / "work")
@@ -77,7 +93,7 @@ def test_a_page_runs(page: Path, world: Path, tmp_path: Path, monkeypatch: pytes
         assert language in ("", "sh"), f"{where}: expected python or sh, got {language}"
         for words in commands(block):
             if words[:1] == ["python"]:  # a benchmark of the checkout, which takes minutes: it must at least be there
-                assert (PAGES[0].parents[2] / words[1]).is_file(), f"{where}: {words}"
+                assert (ROOT / words[1]).is_file(), f"{where}: {words}"
                 continue
             assert words[0] == "prunevit", f"{where}: {words}"
             done = CliRunner().invoke(app, words[1:])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +13,8 @@ from torch import Tensor
 import prunevit
 from prunevit.models import PrunedViT
 from prunevit.pruning import groups_of
+from prunevit.pruning.gohsp import attention_maps
+from prunevit.pruning.method import watched_qkv
 
 
 def accuracy(model: PrunedViT, images: Images) -> float:
@@ -32,36 +32,16 @@ def costs(model: PrunedViT, dense: PrunedViT) -> dict[str, float]:
 
 
 @torch.no_grad()
-def attention_maps(model: PrunedViT, images: Tensor) -> list[Tensor]:
+def maps_of(model: PrunedViT, images: Tensor) -> list[Tensor]:
     """The attention of each layer, [B, H, N, N]."""
-    maps = []
-    with outputs_of_qkv(model) as seen:
+    with watched_qkv(model) as seen:
         model.eval()(images)
-    for block, qkv in zip(model.spec.blocks, seen):
-        widths = list(block.qk_dims)
-        queries, keys = (part.split(widths, -1) for part in qkv[..., : 2 * sum(widths)].chunk(2, -1))  # type: ignore[no-untyped-call]
-        scores = [q @ k.mT * block.attn_scale for q, k in zip(queries, keys)]
-        maps.append(torch.stack(scores, 1).softmax(-1))
-    return maps
-
-
-@contextmanager
-def outputs_of_qkv(model: PrunedViT) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-    handles = [
-        model.get_submodule(f"blocks.{i}.attn.qkv").register_forward_hook(lambda _, __, out: seen.append(out))
-        for i in range(model.spec.depth)
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    return [attention_maps(qkv, model, i) for i, qkv in sorted(seen.items())]
 
 
 def map_error(model: PrunedViT, dense: PrunedViT, images: Tensor) -> float:
     """‖A′ − A‖ / ‖A‖ of each layer's attention, averaged over layers. All heads are there in both."""
-    pairs = zip(attention_maps(model, images), attention_maps(dense, images))
+    pairs = zip(maps_of(model, images), maps_of(dense, images))
     return float(torch.stack([(ours - theirs).norm() / theirs.norm() for ours, theirs in pairs]).mean())
 
 

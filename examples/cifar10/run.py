@@ -21,6 +21,8 @@ from journal import Journal
 from setting import Setting
 from tqdm import tqdm
 
+from prunevit.machine import cpu_name
+
 
 def main() -> None:
     options = parse()
@@ -73,14 +75,7 @@ def parse() -> argparse.Namespace:
 
 def environment() -> dict[str, Any]:
     packages = {name: version(name) for name in ("prunevit", "torch", "timm")}
-    return {"cpu": cpu(), "threads": torch.get_num_threads(), "python": platform.python_version(), **packages}
-
-
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return {"cpu": cpu_name(), "threads": torch.get_num_threads(), "python": platform.python_version(), **packages}
 
 
 def summary(cell: dict[str, Any], facts: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Whole models against what else runs them on this machine, interleaved, each in a process of its own."""
 
 from .compare import Comparison, compare
-from .interleaved import Peer, PeerFailed, run_interleaved, speedup
+from .interleaved import Peer, PeerFailed, run_interleaved, serve, speedup, timed
 from .peers import MODEL_PEERS, missing
 
 __all__ = [
@@ -12,5 +12,7 @@ __all__ = [
     "compare",
     "missing",
     "run_interleaved",
+    "serve",
     "speedup",
+    "timed",
 ]

@@ -37,7 +37,7 @@ class Peer:
     """One implementation of one job, in its own process; ``samples[r]`` are the milliseconds of round r.
 
     The process is ``python PROGRAM JOB``: it answers a line of JSON when built, and one with ``ms`` for each line of
-    seconds on its standard input, as ``prunevit.benchmark.peers`` does.
+    seconds on its standard input, as :func:`serve` does.
     """
 
     name: str
@@ -104,6 +104,24 @@ def _last_words(said: str) -> str:
     """The last line that names an error, or the last one."""
     lines = said.strip().splitlines()
     return next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1] if lines else "ended silently")
+
+
+def serve(sample: Callable[[float], Any], **facts: Any) -> None:
+    """The other end, in a peer's process: say that it is built, then answer each line of seconds with a sample."""
+    print(json.dumps(facts), flush=True)
+    for line in sys.stdin:
+        print(json.dumps({"ms": sample(float(line))}), flush=True)
+
+
+def timed(run: Callable[[], object], seconds: float, least: int = 1) -> list[float]:
+    """The milliseconds of each call, for about ``seconds`` and at least so many calls."""
+    until, times = time.perf_counter() + seconds, list[float]()
+    run()  # the first call after a pause finds cold caches and a sleeping pool: that is not what is compared
+    while len(times) < least or time.perf_counter() < until:
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
 
 
 def run_interleaved(

@@ -8,10 +8,9 @@ seconds on standard input. A job names its model by ``checkpoint`` (a directory)
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,6 +21,7 @@ from .. import checkpoint, shapes
 from ..models.vit import PrunedViT
 from ..runtime import Runtime
 from ..spec import ViTSpec
+from .interleaved import serve, timed
 
 Run = Callable[[], object]
 
@@ -106,20 +106,12 @@ def openvino_peer(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     return lambda: request.infer(feed, share_inputs=True, share_outputs=True), {}
 
 
-def peak_peer(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
-    """Not a model: the rate of fused multiply-adds that the cores reach with nothing to load."""
-    from prunevit_kernels.cpu import extension
-
-    return lambda: extension().fma_peak(job["threads"], 100) / 1e9, {"returns": "gflops"}
-
-
 BUILD: dict[str, Callable[[dict[str, Any]], tuple[Run, dict[str, Any]]]] = {
     "prunevit": prunevit_peer,
     "eager": eager_peer,
     "torch.compile": compile_peer,
     "onnxruntime": onnxruntime_peer,
     "openvino": openvino_peer,
-    "fma_peak": peak_peer,
 }
 
 
@@ -128,21 +120,15 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
+    if job["impl"] == "fma_peak":  # not a model: GFLOP/s that the cores reach with nothing to load
+        from prunevit_kernels.cpu import extension
+
+        serve(lambda _: [extension().fma_peak(job["threads"], 100) / 1e9])
+        return
     run, facts = BUILD[job["impl"]](job)
     for _ in range(3):
         run()
-    print(json.dumps({"built": job["impl"], **facts}), flush=True)
-    for line in sys.stdin:
-        until, times = time.perf_counter() + float(line), list[float]()
-        if facts.get("returns") == "gflops":
-            times = [float(run())]  # type: ignore[arg-type]
-        while not times or (time.perf_counter() < until and "returns" not in facts):
-            start = time.perf_counter()
-            run()
-            times.append((time.perf_counter() - start) * 1e3)
-        # the first call after a pause finds cold caches and a sleeping pool: that is not what is compared
-        warm = times[1:] if len(times) > 3 else times
-        print(json.dumps({"ms": warm, "p50": statistics.median(warm)}), flush=True)
+    serve(partial(timed, run), **facts)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,11 @@ def constraint(name: str, text: str) -> str | float:
     return f"{100 * amount:g}%" if share else amount
 
 
+def names_of(methods: Sequence[str]) -> set[str]:
+    """Without the kinds of group that they take: "auto:mlp" is auto."""
+    return {method.partition(":")[0] for method in methods}
+
+
 def methods_of(texts: Sequence[str]) -> list[str]:
     """Methods in order, from options given several times or lists: "snp,taylor:head,mlp" are two."""
     made: list[str] = []

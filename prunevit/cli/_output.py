@@ -151,14 +151,6 @@ def expect_picture(path: Path | None, option: str) -> None:
     expect_writable(path, option)
 
 
-def si(count: float, unit: str = "") -> str:
-    """2_037_000_000 as "2.04 G"."""
-    for prefix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {prefix}{unit}"
-    return f"{count:.0f} {unit}".rstrip()
-
-
 def count(number: int, thing: str) -> str:
     """ "1 epoch", "2 epochs"."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -10,16 +10,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .. import api
+from .._units import si
 from ..errors import PruningError, expect
+from ..models.from_timm import as_pruned
 from ..models.vit import PrunedViT
 from ..pruning import Step
 from ..pruning.journal import Probe, plot_journal
-from ..pruning.surgery import as_pruned
 from ..spec import ViTSpec
-from ._budgets import LOOKS_AT_IMAGES, Constraints
+from ._budgets import LOOKS_AT_IMAGES, Constraints, names_of
 from ._measure import accuracy
 from ._models import data_for, device_of, is_checkpoint, open_model, spec_of
-from ._output import Bar, Output, count, percent, si, table
+from ._output import Bar, Output, count, percent, table
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Request:
     seed: int
 
     @property
+    def method_names(self) -> set[str]:
+        return names_of(self.methods)
+
+    @property
     def constraint_names(self) -> set[str]:
         each = self.constraints if isinstance(self.constraints, list) else [self.constraints]
         return {name for mapping in each for name in mapping}
@@ -61,7 +66,7 @@ def run(request: Request, output: Output) -> None:
     dense = as_pruned(opened).to(device).eval()
     methods, options, loaders = request.methods, _options(request), _loaders(request, dense)
     with TemporaryDirectory() as scratch, output.bar(f"pruning by {', '.join(request.methods)}") as bar:
-        if "auto" in request.methods:
+        if "auto" in request.method_names:
             options["on_probe"] = lambda probe: bar.show(_told(probe), 0, None)
             if request.plot is not None:
                 options.setdefault("journal", str(Path(scratch, "journal")))
@@ -90,7 +95,7 @@ def run(request: Request, output: Output) -> None:
 
 def _options(request: Request) -> dict[str, Any]:
     """The keywords of :func:`prunevit.prune`."""
-    options, names = dict(request.options), [method.partition(":")[0] for method in request.methods]
+    options = dict(request.options)
     if request.constraint_names & {"latency", "memory"}:
         options["on"] = {name: value for name, value in request.deployment.items() if value is not None}
     if request.ratios is not None:
@@ -101,7 +106,7 @@ def _options(request: Request) -> dict[str, Any]:
         options["rounds"] = request.rounds
     if request.recovery_epochs:
         options["recovery"] = {**request.recipe, "epochs": request.recovery_epochs}
-    if request.recipe and {"gohsp", "auto"} & set(names):
+    if request.recipe and {"gohsp", "auto"} & request.method_names:
         options["recipe"] = request.recipe
     return options
 
@@ -113,11 +118,11 @@ def _loaders(request: Request, model: PrunedViT) -> dict[str, Any]:
     source, config = data_for(model, request.data)
     common: dict[str, Any] = {"batch_size": request.batch_size, "workers": request.workers}
     loaders: dict[str, Any] = {}
-    if any(method.partition(":")[0] in LOOKS_AT_IMAGES for method in request.methods):
+    if request.method_names & set(LOOKS_AT_IMAGES):
         loaders["data"] = source.loader("calibration", config, images=request.images, **common)
     if request.trains:
         loaders["train"] = source.loader("train", config, augment=True, seed=request.seed, **common)
-    if request.trains or "auto" in request.methods:
+    if request.trains or "auto" in request.method_names:
         loaders["validation"] = source.loader("validation", config, **common)
     return loaders
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,11 +41,10 @@ def command(
         raise typer.BadParameter(f"expected batch sizes such as 1,8, got {batch!r}", param_hint="--batch")
     with reporting(as_json) as output:
         expect_there(checkpoint)
-        from .._machine import machine
         from ..benchmark import MODEL_PEERS, compare, missing
+        from ..machine import cores, machine
 
         original = _dense_job(checkpoint) if dense else None
-        cores = threads or _cores()
         if peers is None:
             for reason in (missing(name) for name in MODEL_PEERS):
                 if reason is not None:
@@ -58,7 +56,7 @@ def command(
                     {"checkpoint": str(checkpoint)},
                     original,
                     batch=size,
-                    threads=cores,
+                    threads=threads or cores(),
                     rounds=rounds,
                     seconds=seconds,
                     peers=words(peers),
@@ -80,10 +78,6 @@ def _dense_job(checkpoint: Path) -> dict[str, Any] | None:
 
     plan = checkpoints.load(checkpoint).plan or {}
     return {"spec": plan["dense"]} if isinstance(plan.get("dense"), dict) else None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _table(checkpoint: Path, comparison: Comparison) -> Any:

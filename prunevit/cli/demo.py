@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from .._units import si
 from ._options import Seed
-from ._output import Json, percent, reporting, si, table
+from ._output import Json, percent, reporting, table
 
 Out = Annotated[Path, typer.Option(help="The folder to write.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training images for the dense model.")]
@@ -33,7 +34,7 @@ def command(
         start = time.monotonic()
         import torch
 
-        from .._machine import machine
+        from ..machine import machine
         from ..plots import plot_shape
         from ._digits_demo import Steps, run_digits
         from ._latency_demo import run_latency

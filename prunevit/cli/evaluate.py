@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from .._units import si
 from ._models import expect_there
 from ._options import Backend, BatchSize, Checkpoint, Data, Workers
-from ._output import Json, percent, reporting, si, table
+from ._output import Json, percent, reporting, table
 
 SplitOption = Annotated[
     Literal["test", "validation", "calibration", "train"], typer.Option(help="Which split of the data to take.")

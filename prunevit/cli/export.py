@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from .._units import si
 from ._models import expect_there
 from ._options import Checkpoint
-from ._output import Json, reporting, si
+from ._output import Json, reporting
 
 Format = Annotated[Literal["onnx"], typer.Option("--format", help="What to write.")]
 Out = Annotated[Path, typer.Option(help="The file to write.", show_default=False)]
@@ -36,4 +37,4 @@ def command(
         path = export_onnx(checkpoint, out, opset=used, batch=batch, check=check)
         size = path.stat().st_size
         result = {"model": str(checkpoint), "out": str(path), "format": format_, "opset": used, "bytes": size}
-        output.done(result, f"wrote {path}, {si(size)}B")
+        output.done(result, f"wrote {path}, {si(size, 'B')}")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._output import Json, expect_picture, percent, reporting, si, table
+from .._units import si
+from ._output import Json, expect_picture, percent, reporting, table
 
 if TYPE_CHECKING:
     from ..spec import ViTSpec

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ._budgets import KINDS, constraints_of, methods_of
+from ._budgets import KINDS, constraints_of, methods_of, names_of
 from ._models import expect_there
 from ._options import Backend, BatchSize, Device, MaybeData, Out, Pretrained, Seed, Workers, pairs, words
 from ._output import Json, expect_picture, reporting
@@ -199,10 +199,11 @@ def command(
     if training and not trains:
         what = "expected something that trains: --recovery-epochs, --stages or --finetune-epochs"
         raise typer.BadParameter(what, param_hint="--recipe, --lr")
-    if (trains or "auto" in methods) and data is None:
+    searches = "auto" in names_of(methods)
+    if (trains or searches) and data is None:
         what = f"expected images to {'train on' if trains else 'measure accuracy on'}"
         raise typer.BadParameter(what, param_hint="--data")
-    if (plot or journal) and "auto" not in methods:
+    if (plot or journal) and not searches:
         raise typer.BadParameter("expected --method auto, whose search they record", param_hint="--journal, --plot")
     with reporting(as_json) as output:
         expect_there(model, data)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedModel, expect
 from ..models.block import ACTIVATIONS
+from ..models.from_timm import as_pruned
 from ..models.vit import PrunedViT
 from ..pruning import Plan, compact
 from ..pruning.plan import BlockPlan
 from ..spec import BlockSpec
-from .onnx import as_pruned
 
 _NAME = re.compile(r"blocks\.(\d+)\.(attn|attn\.qk|attn\.v|mlp)")
 

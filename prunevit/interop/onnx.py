@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import load
+from ..checkpoint import model_of
 from ..errors import InputError, MissingPackage, RuntimeMismatch, expect
 from ..models.block import RaggedAttention
-from ..models.from_timm import from_timm
 from ..models.vit import PrunedViT
 from ..runtime import Runtime
 
@@ -63,7 +62,7 @@ def export_onnx(
     path = Path(path)
     expect(not path.is_dir(), InputError, "the path of a file to write", got=f"{path}, a directory")
     expect(path.parent.is_dir(), InputError, "a file in an existing directory", got=path)
-    source = as_pruned(model)
+    source = model_of(model)
     size = 4 * source.spec.params()
     expect(size <= MAX_BYTES, InputError, f"at most {MAX_BYTES} bytes of weights in one ONNX file", got=size)
 
@@ -86,16 +85,6 @@ def require_packages(*names: str) -> None:
     absent = [name for name in names if find_spec(name) is None]
     if absent:
         raise MissingPackage(f"expected {', '.join(absent)} to be installed: run `pip install 'prunevit[onnx]'`")
-
-
-def as_pruned(model: str | os.PathLike[str] | nn.Module) -> PrunedViT:
-    """A checkpoint directory, a PrunedViT or a timm ViT as a PrunedViT."""
-    if isinstance(model, nn.Module):
-        return model if isinstance(model, PrunedViT) else from_timm(model)
-    expect(
-        isinstance(model, str | os.PathLike), InputError, "a checkpoint directory or a model", got=type(model).__name__
-    )
-    return load(model)
 
 
 def _exported(source: PrunedViT, opset: int, batch: int | None) -> Any:

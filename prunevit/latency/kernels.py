@@ -23,8 +23,9 @@ from prunevit_kernels import (
     TokenScores,
 )
 
-from ..runtime.explain import _stopwatch
+from ..runtime.latent_pool import LatentPool
 from ..runtime.sizes import Fixed, StepSize
+from ..runtime.stopwatch import stopwatch
 
 EPS = 1e-6
 ENOUGH_MS, ROUNDS = 30.0, 4  # a step and its reference are timed for at least so long, and at least so often
@@ -55,7 +56,7 @@ class Clock:
         return best * self.reference_ms / beside
 
     def _timed(self, op: str, fixed: Fixed, widths: Sequence[int], calls: int = CALLS) -> Callable[[], list[float]]:
-        timed = _stopwatch(self.maker.launches(op, fixed, widths, calls), self.target)
+        timed = stopwatch(self.maker.launches(op, fixed, widths, calls), self.target)
         timed()
         return timed
 
@@ -160,26 +161,7 @@ class _Maker:
             pool = AttentionPoolLatent(width, num_heads=heads, mlp_ratio=(hidden + 0.5) / width)
             head = nn.Linear(width, classes) if classes else nn.Identity()
         out = self.buffer(1, classes or width)[:, 0].contiguous()
-        return _Latent(pool, head, prefix), [self.buffer(max(n, prefix + 1), width), out]
-
-
-class _Latent(Op):
-    """timm's attention pooling, as ``runtime/latent_pool.py`` runs it, without a spec."""
-
-    def __init__(self, pool: nn.Module, head: nn.Module, prefix: int) -> None:
-        self.pool, self.head, self.prefix = pool.eval(), head.eval(), prefix
-
-    def pack(self, target: Target) -> _Latent:
-        for module in (self.pool, self.head):
-            module.to(target.device, target.dtype)
-        return self
-
-    def bind(self, features: Tensor, out: Tensor) -> Launch:
-        @torch.no_grad()
-        def launch() -> None:
-            out.copy_(self.head(self.pool(features[:, self.prefix :])))
-
-        return launch
+        return LatentPool(pool.eval(), head.eval(), prefix), [self.buffer(max(n, prefix + 1), width), out]
 
 
 def _spread(count: int, width: int) -> tuple[int, ...] | None:

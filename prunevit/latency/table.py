@@ -16,8 +16,8 @@ from typing import Any
 
 from prunevit_kernels import Target
 
-from .._machine import machine
 from ..errors import CheckpointError
+from ..machine import machine
 from ..runtime.backend import cpu_extension_built
 from ..runtime.sizes import StepSize, sizes_of
 from ..spec import ViTSpec

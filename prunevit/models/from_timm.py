@@ -37,6 +37,11 @@ def from_timm(model: nn.Module) -> PrunedViT:
     return pruned.train(model.training)
 
 
+def as_pruned(model: nn.Module) -> PrunedViT:
+    """A PrunedViT as it is, or a timm model converted. Raises :class:`UnsupportedModel`."""
+    return model if isinstance(model, PrunedViT) else from_timm(model)
+
+
 def spec_of(model: nn.Module) -> ViTSpec:
     """The spec of a timm ``VisionTransformer``. Raises :class:`UnsupportedModel` naming the attribute."""
     if _kind_of(model) not in (VisionTransformer, VisionTransformerDistilled):

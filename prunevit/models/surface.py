@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.layers import AttentionPoolLatent, LayerNorm, PatchEmbed, resample_abs_pos_embed
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..errors import SpecError
 from ..spec import ViTSpec
+from .block import ACTIVATIONS
 
 
 def linear_head(spec: ViTSpec, like: Tensor | None = None) -> nn.Module:
     """A fresh classifier, or nothing where a spec has no classes."""
     head = nn.Linear(spec.embed_dim, spec.num_classes) if spec.num_classes else nn.Identity()
     return head if like is None else head.to(like.device, like.dtype)
+
+
+def attention_pool(spec: ViTSpec) -> nn.Module:
+    """The fresh pooling module of a spec that has one."""
+    assert spec.attn_pool is not None
+    pool: nn.Module = AttentionPoolLatent(
+        spec.embed_dim,
+        num_heads=spec.attn_pool.num_heads,
+        mlp_ratio=(spec.attn_pool.mlp_dim + 0.5) / spec.embed_dim,  # timm truncates the product back to mlp_dim
+        norm_layer=partial(LayerNorm, eps=spec.norm_eps),
+        act_layer=ACTIVATIONS[spec.act],
+    )
+    return pool
 
 
 class TimmSurface(nn.Module):

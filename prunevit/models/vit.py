@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError, SpecError
 from ..spec import ViTSpec
-from .block import ACTIVATIONS, Block
+from .block import Block
 from .select import scored_blocks
-from .surface import TimmSurface, linear_head
+from .surface import TimmSurface, attention_pool, linear_head
 
 
 class PrunedViT(TimmSurface):
@@ -102,15 +102,7 @@ class PrunedViT(TimmSurface):
     def _build_head(self, drop_rate: float) -> None:
         spec = self.spec
         self.norm = self._norm(spec.final_norm)
-        self.attn_pool: nn.Module | None = None
-        if spec.attn_pool is not None:
-            self.attn_pool = AttentionPoolLatent(
-                spec.embed_dim,
-                num_heads=spec.attn_pool.num_heads,
-                mlp_ratio=(spec.attn_pool.mlp_dim + 0.5) / spec.embed_dim,  # timm truncates the product back to mlp_dim
-                norm_layer=partial(LayerNorm, eps=spec.norm_eps),
-                act_layer=ACTIVATIONS[spec.act],
-            )
+        self.attn_pool = None if spec.attn_pool is None else attention_pool(spec)
         self.fc_norm = self._norm(spec.fc_norm)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = linear_head(spec)

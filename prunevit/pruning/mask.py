@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ..errors import PruningError, expect
 from ..models import PrunedViT
 from ..models.block import Block, RaggedAttention
+from ..models.from_timm import as_pruned
 from ..spec import TokenSelect
 from .plan import Plan, same_shape
-from .surgery import as_pruned, kept_indices, norm_weights
+from .surgery import kept_indices, norm_weights
 
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:

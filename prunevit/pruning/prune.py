@@ -11,6 +11,7 @@ from torch import nn
 from .. import shapes
 from ..errors import PruningError, expect
 from ..models import PrunedViT
+from ..models.from_timm import as_pruned
 from ..spec import ViTSpec
 from .auto import Auto
 from .budget import Budget, Constraints, Cost
@@ -22,7 +23,6 @@ from .options import check_types
 from .ranking import Ranking
 from .recover import Step
 from .scorers import SCORERS
-from .surgery import as_pruned
 
 METHODS: dict[str, type[Method]] = {**SCORERS, "auto": Auto, "cp-vit": CPViT, "evit": EViT}
 

@@ -9,16 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PruningError, expect
-from ..models import PrunedViT, from_timm
+from ..models import PrunedViT
+from ..models.from_timm import as_pruned
 from .groups import Atoms
 from .plan import Plan, same_shape
 
 _NORM_WEIGHT = re.compile(r"(^|\.)(norm|norm1|norm2|norm_pre|fc_norm)\.weight$")
-
-
-def as_pruned(model: nn.Module) -> PrunedViT:
-    """A PrunedViT as it is, or a timm model converted. Raises :class:`UnsupportedModel`."""
-    return model if isinstance(model, PrunedViT) else from_timm(model)
 
 
 def compact(model: nn.Module, plan: Plan) -> PrunedViT:

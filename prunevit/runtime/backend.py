@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ import torch
 from prunevit_kernels import BACKENDS, BackendName, ContractError, Target
 
 from ..errors import CheckpointError, InputError, UntunedMachine, expect
+from ..machine import cores
 
 logger = logging.getLogger("prunevit")
 
@@ -38,6 +38,7 @@ def choose_target(
     that builds it, where the native extension is missing.
     """
     expect(backend in ("auto", *BACKENDS), InputError, f"a backend among auto, {', '.join(BACKENDS)}", got=backend)
+    expect(threads is None or threads >= 1, InputError, "at least one thread", got=threads)
     if device is None:
         wants_gpu = backend == "cuda" or (backend in ("auto", "torch") and torch.cuda.is_available())
         device = "cuda" if wants_gpu else "cpu"
@@ -48,8 +49,7 @@ def choose_target(
     chosen = _automatic(device, dtype) if backend == "auto" else backend
     if dtype is None:
         dtype = torch.bfloat16 if chosen == "cuda" else torch.float32
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    target = Target(chosen, device, dtype, threads or available)
+    target = Target(chosen, device, dtype, cores() if threads is None else threads)
     logger.info("backend %s on %s in %s", chosen, device, str(dtype).removeprefix("torch."))
     return target
 

@@ -8,12 +8,10 @@ status is 1 where one breaks a limit.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from itertools import product
 from multiprocessing import get_context
 
@@ -27,6 +25,7 @@ from prunevit_kernels.compile_check import ARCHITECTURES, faults
 from prunevit_kernels.tune import Compilation, built
 
 from .. import shapes
+from ..machine import cores
 from ..models.vit import PrunedViT
 from ..spec import TokenSelect, ViTSpec
 from .engine import PackedPlan, Program
@@ -86,9 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(works))
         return 0
     broken, worst = 0, dict[int, Build]()
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(cores(), mp_context=get_context("spawn")) as pool:
         jobs = list(product(options.arch, works.items()))
-        made = pool.map(partial(built), [arch for arch, _ in jobs], [work for _, (_, work) in jobs])
+        made = pool.map(built, [arch for arch, _ in jobs], [work for _, (_, work) in jobs])
         for (arch, (name, _)), build in zip(jobs, made):
             if arch not in worst or build.registers > worst[arch].registers:
                 worst[arch] = build

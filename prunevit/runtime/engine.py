@@ -18,7 +18,8 @@ from prunevit_kernels import Launch, PackedOp, Rebindable, Target, fuse
 
 from .arena import Arena, Need
 from .graphs import Direct, Recorder
-from .plan import Plan, View
+from .plan import Plan
+from .walk import View
 
 ShapeKey = tuple[int, int, int]  # batch, image height, image width
 

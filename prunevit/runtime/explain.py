@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,14 +14,14 @@ import torch
 from torch import Tensor
 
 from prunevit_kernels import Launch, Target
-from prunevit_kernels.cpu import extension
 
-from .._machine import machine
 from ..errors import InputError, expect
+from ..machine import machine
 from ..spec import ViTSpec
 from .engine import Program
 from .peaks import PeakProbe, Peaks
 from .plan import Step
+from .stopwatch import stopwatch
 from .work import exponentials, kernel_of, useful_bytes, work_of
 
 if TYPE_CHECKING:
@@ -221,7 +220,7 @@ def _measure(
     call: Callable[[], Tensor], launches: list[Launch], target: Target, rounds: int, probe: PeakProbe
 ) -> tuple[float, list[float]]:
     """The median time of a whole call, and of each step in its place among the others, in ms."""
-    timed = _stopwatch(launches, target)
+    timed = stopwatch(launches, target)
     for _ in range(2):
         call()
         timed()
@@ -236,48 +235,6 @@ def _measure(
         calls.append(1e3 * (time.perf_counter() - start))
         steps.append(timed())
     return statistics.median(calls), [statistics.median(times) for times in zip(*steps)]
-
-
-class _Stopwatch:
-    """Runs launches in order and says how many ms each took."""
-
-    def __init__(self, launches: list[Launch]) -> None:
-        self.launches = launches
-
-    def __call__(self) -> list[float]:
-        times = [time.perf_counter()]
-        for launch in self.launches:
-            launch()
-            times.append(time.perf_counter())
-        return [1e3 * (b - a) for a, b in pairwise(times)]
-
-
-class _NativeStopwatch(_Stopwatch):
-    """In one call of the C++ extension: no Python between the steps."""
-
-    def __call__(self) -> list[float]:
-        return [1e3 * seconds for seconds in extension().Program(self.launches).timed()]
-
-
-class _EventStopwatch(_Stopwatch):
-    """By events on the GPU's own clock."""
-
-    def __call__(self) -> list[float]:
-        make: Any = torch.cuda.Event
-        events = [make(enable_timing=True) for _ in range(len(self.launches) + 1)]
-        events[0].record()
-        for launch, event in zip(self.launches, events[1:]):
-            launch()
-            event.record()
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) for a, b in pairwise(events)]
-
-
-def _stopwatch(launches: list[Launch], target: Target) -> _Stopwatch:
-    if target.device.type == "cuda":
-        return _EventStopwatch(launches)
-    native = target.backend == "cpu" and all(isinstance(launch, extension().Launch) for launch in launches)
-    return _NativeStopwatch(launches) if native else _Stopwatch(launches)
 
 
 def _report(

@@ -6,8 +6,9 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from .explain_svg import colour_of, head_unit, roofline_picture, shape_picture, time_picture
-from .explain_text import CALM, busy
+from ..plots import head_unit
+from .explain_svg import colour_of, roofline_picture, shape_picture, time_picture
+from .explain_text import CALM, busy, cells
 
 if TYPE_CHECKING:
     from .explain import Explanation, StepReport
@@ -144,27 +145,18 @@ def _by_op(it: Explanation) -> str:
 def _rows(it: Explanation) -> str:
     rows, block = [], object()
     for step in it.steps:
-        rows.append(
-            f"<tr{' class=first' if step.block != block else ''}>{_cells(step)}</tr>".replace("=first", '="first"')
-        )
+        style = ' class="first"' if step.block != block else ""
+        rows.append(f"<tr{style}>{_cells(step)}</tr>")
         block = step.block
     return "\n".join(rows)
 
 
 def _cells(step: StepReport) -> str:
-    waste = "–" if step.waste is None else f"{step.waste:.1%}"
-    numbers = (
-        f"{step.macs / 1e6:.1f}",
-        f"{step.bytes / 1e6:.2f}",
-        f"{step.ms:.3f}",
-        f"{step.gflops:.0f}",
-        f"{step.peak_share:.0%}",
-        waste,
-        f"{step.floor_ms:.3f}, {step.bound}",
-    )
-    name = f'<td><span class="{colour_of(step.op)} key"></span>{escape(step.name)}</td><td>{escape(step.work)}</td>'
-    cells = "".join(f"<td>{number}</td>" for number in numbers)
-    return f'{name}{cells}<td title="{escape(step.why, quote=True)}">{escape(step.kernel)}</td>'
+    name, work, *numbers, kernel = cells(step)
+    numbers.append(f"{step.floor_ms:.3f}, {step.bound}")
+    first = f'<td><span class="{colour_of(step.op)} key"></span>{escape(name)}</td><td>{escape(work)}</td>'
+    middle = "".join(f"<td>{number}</td>" for number in numbers)
+    return f'{first}{middle}<td title="{escape(step.why, quote=True)}">{escape(kernel)}</td>'
 
 
 def _method(it: Explanation) -> str:

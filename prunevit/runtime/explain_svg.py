@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING
 
-from ..spec import BlockSpec, ViTSpec
+from .._units import si
+from ..plots import gone, head_unit, originals_of
+from ..spec import ViTSpec
 
 if TYPE_CHECKING:
     from .explain import Explanation
@@ -57,29 +59,17 @@ def _svg(height: float, label: str, parts: Iterable[str]) -> str:
     )
 
 
-def _blocks(spec: ViTSpec, dense: ViTSpec | None) -> tuple[BlockSpec, ...]:
-    """The model's blocks, and the dense original's where they correspond."""
-    return spec.blocks + (dense.blocks if dense is not None and dense.depth == spec.depth else ())
-
-
-def head_unit(spec: ViTSpec, dense: ViTSpec | None) -> int:
-    """The width that fills a head's place: a dense head's, which the score scale still tells."""
-    both = _blocks(spec, dense)
-    return max([1, *(max(round(b.attn_scale**-2), *b.qk_dims, *b.v_dims, 1) for b in both)])
-
-
 def shape_picture(spec: ViTSpec, dense: ViTSpec | None) -> str:
     """A row a block: each head's query-key width above its value width, then the MLP's; grey is what was pruned."""
-    same = dense if dense is not None and dense.depth == spec.depth else None
-    both, unit = _blocks(spec, dense), head_unit(spec, dense)
+    originals, unit = originals_of(spec, dense), head_unit(spec, dense)
+    both = (*spec.blocks, *originals)
     slots = max([1, *(b.num_heads for b in both)])
     widest = max([1, *(b.mlp_dim for b in both)])
     heads_at, heads_width, mlp_at, mlp_width = 7.0, 58.0, 69.0, 31.0
     slot = heads_width / slots
     parts = [_text(heads_at, 12, "heads", "axis"), _text(mlp_at, 12, "MLP", "axis")]
-    for index, block in enumerate(spec.blocks):
+    for index, (block, original) in enumerate(zip(spec.blocks, originals)):
         y = 20 + index * ROW
-        original = same.blocks[index] if same else block
         parts.append(_text(5, y + 11, str(index), "axis", "end"))
         ghosts = range(max(original.num_heads, block.num_heads))
         parts += [_rect(heads_at + h * slot, y, slot * 0.88, BAR, "ghost") for h in ghosts]
@@ -88,23 +78,18 @@ def shape_picture(spec: ViTSpec, dense: ViTSpec | None) -> str:
             parts.append(_rect(heads_at + h * slot, y, qk * scale, BAR / 2, "qk", note))
             parts.append(_rect(heads_at + h * slot, y + BAR / 2, v * scale, BAR / 2, "v", note))
         if not block.num_heads:
-            parts.append(_text(heads_at, y + 11, _nothing(block, "attn"), "note", dx=3))
+            parts.append(_text(heads_at, y + 11, gone(block.has_attn), "note", dx=3))
         parts.append(_rect(mlp_at, y, original.mlp_dim / widest * mlp_width, BAR, "ghost"))
         parts.append(
             _rect(mlp_at, y, block.mlp_dim / widest * mlp_width, BAR, "mlp", f"block {index}: MLP {block.mlp_dim}")
         )
         roomy = block.mlp_dim / widest > 0.3
-        words = str(block.mlp_dim) if block.mlp_dim else _nothing(block, "mlp")
+        words = str(block.mlp_dim or gone(block.has_mlp))
         at = mlp_at + block.mlp_dim / widest * mlp_width
         parts.append(
             _text(at, y + 11, words, "inside" if roomy else "note", "end" if roomy else "start", -4 if roomy else 4)
         )
     return _svg(22 + spec.depth * ROW, "the width of every head and MLP", parts)
-
-
-def _nothing(block: BlockSpec, sublayer: str) -> str:
-    present = block.has_attn if sublayer == "attn" else block.has_mlp
-    return "emptied" if present else "removed"
 
 
 def time_picture(it: Explanation) -> str:
@@ -156,7 +141,7 @@ def roofline_picture(it: Explanation) -> str:
         parts.append(_text(x_of(10.0**power), y1 + 16, f"{10.0**power:g}", "axis", "middle"))
     for power in range(math.ceil(bottom), math.floor(top) + 1):
         parts.append(_line(x0, y_of(10.0**power), x1, y_of(10.0**power), "grid"))
-        parts.append(_text(x0, y_of(10.0**power) + 4, _rate(10.0**power), "axis", "end", -4))
+        parts.append(_text(x0, y_of(10.0**power) + 4, si(10.0**power), "axis", "end", -4))
     parts.append(_text((x0 + x1) / 2, y1 + 32, "FLOP a byte moved", "axis", "middle"))
     labels.append(_text(x0, y0 + 2, "FLOP/s", "note", dx=5))
     parts.append(_line(x0, y0, x0, y1, "grid") + _line(x0, y1, x1, y1, "grid"))
@@ -178,7 +163,7 @@ def roofline_picture(it: Explanation) -> str:
                 )
             )
     parts.append(_line(x_of(peak / (cache or memory)), y_of(peak), x1, y_of(peak), "roof"))
-    labels.append(_text(x1, y_of(peak) - 5, f"peak {_rate(peak)}FLOP/s", "note", "end"))
+    labels.append(_text(x1, y_of(peak) - 5, f"peak {si(peak, 'FLOP/s')}", "note", "end"))
     for x, y, step in points:
         note = f"{step.name}: {step.gflops:.0f} GFLOP/s at {x:.1f} FLOP a byte, {step.ms:.3f} ms"
         radius = 3 + 9 * math.sqrt(step.ms / it.steps_ms)
@@ -187,10 +172,3 @@ def roofline_picture(it: Explanation) -> str:
             f"<title>{escape(note)}</title></circle>"
         )
     return _svg(306, "rate of each step under the machine's roofs", [*parts, *labels])
-
-
-def _rate(flops: float) -> str:
-    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if flops >= scale:
-            return f"{flops / scale:.3g} {unit}"
-    return f"{flops:.3g} "

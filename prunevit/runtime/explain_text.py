@@ -49,11 +49,11 @@ def _table(it: Explanation, columns: Sequence[str]) -> Table:
     for name, place in zip(columns, places):
         made.add_column(name, justify="left" if place in (0, 1, 8) else "right", no_wrap=True)
 
-    def add(cells: Sequence[str], **how: Any) -> None:
-        made.add_row(*(cells[place] for place in places), **how)
+    def add(row: Sequence[str], **how: Any) -> None:
+        made.add_row(*(row[place] for place in places), **how)
 
     for step, after in zip(it.steps, (*it.steps[1:], None)):
-        add(_cells(step), end_section=after is None or after.block != step.block)
+        add(cells(step), end_section=after is None or after.block != step.block)
     whole = f"{it.macs / 1e6:.1f}", "", f"{it.call_ms:.3f}", f"{it.gflops:.0f}", f"{it.peak_share:.0%}"
     add(["a whole call", "", *whole, _padding(it.waste), ""], style="bold")
     return made
@@ -91,7 +91,8 @@ def busy(it: Explanation) -> str:
     )
 
 
-def _cells(step: StepReport) -> list[str]:
+def cells(step: StepReport) -> list[str]:
+    """A step's numbers, column by column."""
     return [
         step.name,
         step.work,

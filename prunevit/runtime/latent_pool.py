@@ -1,55 +1,50 @@
-"""SigLIP's attention-pooling head and classifier: timm's own module, as it is, behind the trunk."""
+"""SigLIP's attention-pooling head and classifier: timm's own module behind the trunk, in PyTorch on every backend."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from prunevit_kernels import Launch, Op, Target
+from prunevit_kernels import ContractError, Op, PackedOp, Target
 
-from .._costs import head_macs, latent_pool_macs
+from ..models.surface import attention_pool, linear_head
 from ..spec import ViTSpec
 from .pack import Weights
 
 
+@dataclass(frozen=True, eq=False)
 class LatentPool(Op):
-    """features [B, N, E] are read, out [B, classes or E] is written. Runs in PyTorch on every backend."""
+    """features [B, N, E] are read, out [B, classes or E] is written. The first ``prefix`` tokens are not pooled."""
 
-    def __init__(self, spec: ViTSpec, pool: nn.Module, head: nn.Module) -> None:
-        self.spec, self.pool, self.head = spec, pool, head
-        self.prefix = 0 if spec.pool_include_prefix else spec.num_prefix_tokens
-        self.out_dim = spec.num_classes or spec.embed_dim
-        self.macs = latent_pool_macs(spec) + head_macs(spec)
+    pool: nn.Module
+    head: nn.Module
+    prefix: int
 
     @classmethod
-    def of(cls, spec: ViTSpec, pool: nn.Module, weights: Weights) -> LatentPool:
-        """From a model's pooling module and its classifier's weights."""
-        head: nn.Module = nn.Identity()
-        if spec.num_classes:
-            head = nn.Linear(spec.embed_dim, spec.num_classes)
-            head.load_state_dict({name: weights[f"head.{name}"] for name in ("weight", "bias")})
-        return cls(spec, copy.deepcopy(pool).eval(), head.eval())
+    def of(cls, spec: ViTSpec, weights: Weights) -> LatentPool:
+        """With copies of a model's weights."""
+        with torch.device("meta"):  # weights are given, not drawn
+            pool, head = attention_pool(spec), linear_head(spec)
+        for name, module in (("attn_pool", pool), ("head", head)):
+            module.load_state_dict({key: weights[f"{name}.{key}"] for key in module.state_dict()}, assign=True)
+        return cls(pool.eval(), head.eval(), 0 if spec.pool_include_prefix else spec.num_prefix_tokens)
 
-    def pack(self, target: Target) -> _TorchModules:
-        return _TorchModules(self, target)
+    def to(self, target: Target) -> Self:
+        pool, head = (copy.deepcopy(module).to(target.device, target.dtype) for module in (self.pool, self.head))
+        return replace(self, pool=pool, head=head)
 
+    def pack(self, target: Target) -> PackedOp:
+        return super().pack(replace(target, backend="torch"))
 
-class _TorchModules:
-    def __init__(self, op: LatentPool, target: Target) -> None:
-        self.prefix = op.prefix
-        self.pool = copy.deepcopy(op.pool).to(target.device, target.dtype)
-        self.head = copy.deepcopy(op.head).to(target.device, target.dtype)
+    def check(self, target: Target, features: Tensor, out: Tensor) -> None:
+        fits = features.dim() == 3 and out.dim() == 2 and len(features) == len(out) and features.shape[1] > self.prefix
+        if not fits:
+            what = f"features [B, more than {self.prefix}, E] and out [B, classes or E]"
+            raise ContractError(f"expected {what}, got {tuple(features.shape)} and {tuple(out.shape)}")
 
-    @property
-    def bind(self) -> Callable[..., Launch]:
-        return self._bind
-
-    def _bind(self, features: Tensor, out: Tensor) -> Launch:
-        @torch.no_grad()
-        def launch() -> None:
-            out.copy_(self.head(self.pool(features[:, self.prefix :])))
-
-        return launch
+    def reference(self, features: Tensor, out: Tensor) -> None:
+        out.copy_(self.head(self.pool(features[:, self.prefix :])))

@@ -15,7 +15,6 @@ from prunevit_kernels import BackendName
 
 from .. import checkpoint
 from ..errors import InputError, expect
-from ..models.from_timm import from_timm
 from ..models.vit import PrunedViT
 from ..spec import ViTSpec
 from .backend import choose_target, tuned
@@ -58,20 +57,19 @@ class Runtime:
         cuda_graphs: bool = True,
         tuning: str | os.PathLike[str] | None = None,
     ) -> None:
-        source = _as_pruned(model)
+        source = checkpoint.model_of(model)
         self.spec = source.spec
         self.target = tuned(choose_target(device, dtype, backend, threads), _tuning_file(model, tuning))
         self.check_nan = self.target.device.type == "cpu" if check_nan is None else check_nan
         # a copy, so that training the model further cannot reach what is planned for another image size later
         self._tensors = {name: tensor.detach().cpu().clone() for name, tensor in source.state_dict().items()}
-        self._attn_pool = getattr(source, "attn_pool", None)
         self.name, self.dense_spec = _name_of(model, source), _dense_spec(source)
         self._door = Door(self.spec, self.target.device, self.target.dtype)
         self._engine = Engine(self._make_plan, self.target, max_programs, recorder_for(self.target, cuda_graphs))
         self._predictor = Predictor(source.pretrained_cfg, self.spec)
 
     def _make_plan(self, img_size: tuple[int, int]) -> Plan:
-        return make_plan(self.spec, self._tensors, self.target, img_size, self._attn_pool)
+        return make_plan(self.spec, self._tensors, self.target, img_size)
 
     def plan(self, img_size: tuple[int, int] | None = None) -> Plan:
         """The steps that a call runs, at the spec's image size or another."""
@@ -162,14 +160,3 @@ def _dense_spec(source: PrunedViT) -> ViTSpec | None:
     """What the model was pruned from, as its plan has it."""
     dense = (source.plan or {}).get("dense")
     return ViTSpec.from_dict(dense) if isinstance(dense, dict) else None
-
-
-def _as_pruned(model: str | os.PathLike[str] | nn.Module) -> PrunedViT:
-    if isinstance(model, PrunedViT):
-        return model
-    if isinstance(model, nn.Module):
-        return from_timm(model)
-    expect(
-        isinstance(model, str | os.PathLike), InputError, "a checkpoint directory or a model", got=type(model).__name__
-    )
-    return checkpoint.load(Path(model))

@@ -13,7 +13,7 @@ import torch
 from prunevit_kernels import HeadTable, Target
 
 from ..spec import BlockSpec, TokenSelect, ViTSpec
-from .plan import View, _last_attention, _score_sources
+from .walk import View, Walk
 
 Fixed = tuple[str | int | bool, ...]
 
@@ -63,35 +63,15 @@ def memory_bytes(spec: ViTSpec, target: Target, batch: int) -> int:
     return target.dtype.itemsize * spec.params() + sum(sizes.values())
 
 
-class _Sizes:
+class _Sizes(Walk):
     def __init__(self, spec: ViTSpec, target: Target) -> None:
-        self.spec, self.target, self.width = spec, target, spec.embed_dim
-        pads = [p - 1 if spec.dynamic_img_pad else 0 for p in spec.patch_size]
-        self.grid = tuple((size + pad) // p for size, pad, p in zip(spec.img_size, pads, spec.patch_size))
-        self.tokens = spec.num_prefix_tokens + self.grid[0] * self.grid[1]
+        super().__init__(spec, spec.grid_size)
+        self.target, self.width = target, spec.embed_dim
         self.steps: list[StepSize] = []
-        self.turn = 0
-        self.first: int | None = None
-        self.last_attention = _last_attention(spec)
-        self.score_sources = _score_sources(spec, self.last_attention)
 
     def all(self) -> list[StepSize]:
-        self.stem()
-        for index, block in enumerate(self.spec.blocks):
-            self.select(block.select, "attn")
-            self.attention(index, block)
-            self.select(block.select, "mlp")
-            self.mlp(block)
-        self.head()
+        self.walk()
         return self.steps
-
-    @property
-    def x(self) -> View:
-        return View(f"x{self.turn}", self.tokens, self.width, self.first)
-
-    @property
-    def rows(self) -> int:
-        return self.first or self.tokens
 
     def add(self, op: str, fixed: Fixed, widths: Sequence[float | None], *views: View) -> None:
         self.steps.append(StepSize(op, fixed, tuple(w for w in widths if w is not None), views))
@@ -112,8 +92,7 @@ class _Sizes:
         self.add("norm_linear", (reads is not None,), (self.rows, self.width, heads.width, reads), self.x, packed)
         means = sum(block.qk_dims) / len(heads), block.v_dim / len(heads)
         if index in self.score_sources:
-            rule = next(b.select.rule for b in spec.blocks if b.select is not None)
-            self.add("token_scores", (rule, len(heads)), (n, *means), packed, View(f"scores{self.turn}", n, 0))
+            self.add("token_scores", (self.selection_rule[0], len(heads)), (n, *means), packed, self.scores)
         if index == self.last_attention:
             self.first = 1
         context = View("context", self.rows, heads.out_width)
@@ -121,7 +100,7 @@ class _Sizes:
         fixed = (writes is not None, spec.layer_scale)
         self.add("linear_residual", fixed, (self.rows, heads.out_width, self.width, writes), context, self.x)
 
-    def mlp(self, block: BlockSpec) -> None:
+    def mlp(self, index: int, block: BlockSpec) -> None:
         spec = self.spec
         if not block.mlp_dim:
             self.emptied(block.has_mlp and spec.mlp_bias)
@@ -141,14 +120,9 @@ class _Sizes:
         widths = step.widths[:-1] if limited else step.widths
         self.steps[at] = replace(step, fixed=(*step.fixed[:-2], False, False), widths=widths)
 
-    def select(self, select: TokenSelect | None, before: str) -> None:
-        if select is None or select.before != before or self.first is not None:
-            return
-        n, prefix = self.tokens, self.spec.num_prefix_tokens
-        x, scores = self.x, View(f"scores{self.turn}", n, 0)
-        self.turn, self.tokens = 1 - self.turn, prefix + select.keep + int(select.fuse)
-        after = View(f"scores{self.turn}", self.tokens, 0)
-        self.add("select_tokens", (prefix, select.fuse), (n, select.keep, self.width), x, scores, self.x, after)
+    def select_tokens(self, index: int, select: TokenSelect, x: View, scores: View) -> None:
+        fixed = (self.spec.num_prefix_tokens, select.fuse)
+        self.add("select_tokens", fixed, (x.tokens, select.keep, self.width), x, scores, self.x, self.scores)
 
     def head(self) -> None:
         spec = self.spec
@@ -161,7 +135,6 @@ class _Sizes:
         out = features if mapped else View("out", self.rows if pool == "none" else 0, classes or self.width)
         self.add("pool_head", fixed, (self.rows, self.width), self.x, out)
         if mapped and spec.attn_pool is not None:
-            prefix = 0 if spec.pool_include_prefix else spec.num_prefix_tokens
             pooling = (spec.attn_pool.num_heads, spec.attn_pool.mlp_dim, prefix, spec.num_classes)
             out = View("out", 0, spec.num_classes or self.width)
             self.add("latent_pool", pooling, (self.tokens, self.width), features, out)

@@ -119,8 +119,8 @@ def useful_bytes(op: Op, buffers: Sequence[Tensor], target: Target) -> int:
     weights: int = sum(tensor.numel() for tensor in tensors) * size
     if isinstance(op, RaggedAttention):
         heads, (batch, keys), queries = op.heads, buffers[0].shape[:2], buffers[1].shape[1]
-        per_key, per_query = sum(heads.qk_dims) + sum(heads.v_dims), sum(heads.qk_dims) + sum(heads.v_dims)
-        return batch * (keys * per_key + queries * per_query) * size
+        widths = sum(heads.qk_dims) + sum(heads.v_dims)  # of k and v for each key, of q and out for each query
+        return batch * (keys + queries) * widths * size
     if isinstance(op, TokenScores):
         batch, keys = buffers[0].shape[:2]
         queries = 1 if op.rule == "class_attention" else keys

@@ -101,7 +101,7 @@ def test_a_padded_model_runs() -> None:
 
 @pytest.mark.parametrize("op", ["ragged_attention", "norm_linear", "fused_mlp"])
 def test_no_block_is_timed_twice(op: str) -> None:
-    works = _works.blocks_of(op, "snp_deit_small_1g3", [1, 256])
+    works = _works.blocks_of(op, ["snp_deit_small_1g3", "savit_deit_base"], [1, 256])
     assert len({(work["batch"], _works.cost(op, work)) for work in works}) == len(works)
     assert {work["batch"] for work in works} == {1, 256}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +47,16 @@ def test_the_models_table_shows_every_number_whole(capsys: pytest.CaptureFixture
     for row in (row for row in rows if row["impl"] == "prunevit"):
         want = row["shape"], f"{row['ms_p50']:.1f}", row["best_peer"], f"{row['macs_ratio']:.2f}"
         assert any(set(want) <= set(line.split()) for line in lines)
+
+
+def test_what_an_op_takes_travels_with_its_machine(tmp_path: Path) -> None:
+    quick = ("--shapes", "snp_deit_tiny", "--batch", "1", "--impls", "prunevit")
+    command = [sys.executable, str(BENCH / "fused_mlp.py"), *quick, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "fused_mlp-cpu.json").read_text("utf-8"))
+    facts = record["environment"]
+    assert {"cpu", "gpu", "versions", "python", "threads", "dtype", "commit", "command"} <= set(facts)
+    assert "fused_mlp.py --shapes snp_deit_tiny" in facts["command"]
+    lines = (tmp_path / "fused_mlp-cpu.csv").read_text("utf-8").splitlines()
+    assert len(lines) == 1 + len(record["rows"]) > 1

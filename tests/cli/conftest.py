@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,14 @@ class Answer:
 
 
 Call = Callable[..., Answer]
+
+
+def refused(answer: Answer, message: str) -> None:
+    """With exit code 1 and one message that matches, not a traceback."""
+    assert answer.code == 1
+    assert answer.stderr.startswith("error: ") or "\nerror: " in answer.stderr
+    assert re.search(message, answer.stderr)
+    assert "Traceback" not in answer.stderr
 
 
 @pytest.fixture

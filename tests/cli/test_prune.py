@@ -18,7 +18,7 @@ from prunevit.pruning import KINDS, METHODS, Plan
 from prunevit.pruning.groups import Kind
 from tests.clock import count_macs
 
-from .conftest import Call
+from .conftest import Call, refused
 
 DIGITS = ("--data", "digits", "--images", 32)
 
@@ -99,6 +99,14 @@ def test_auto_journals_its_search_draws_it_and_goes_on(prune: Any, tmp_path: Pat
     assert prune(*options)["macs"] == found["macs"]
     assert (tmp_path / "search.jsonl").read_text() == lines
     assert api.load(tmp_path / "out").plan == plan
+
+
+def test_auto_of_some_kinds_measures_and_journals_as_auto(prune: Any, tmp_path: Path) -> None:
+    search = ("--scorer", "magnitude", "--tau", 1, "--journal", tmp_path / "search.jsonl")
+    found = prune("--method", "auto:mlp", "--macs", "80%", *DIGITS, *search, "--plot", tmp_path / "search.svg")
+    assert found["macs"]["ratio"] <= 0.8
+    assert found["accuracy"]["split"] == "validation"
+    assert (tmp_path / "search.svg").exists()
 
 
 def test_auto_tunes_between_rounds_and_plots_without_a_journal(prune: Any, tmp_path: Path) -> None:
@@ -205,6 +213,10 @@ def test_a_latency_budget_on_the_real_clock(call: Call, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((), "expected a budget"),
+        (("--macs", "banana"), "expected a share"),
+        (("--macs", "120%"), "between 0% and 100%"),
+        (("--method", "magic", "--macs", "50%"), "a method out of auto"),
         (("--method", "snp,heads", "--macs", "50%"), "a method out of auto"),
         (("--method", "snp,head", "--macs", "50%"), "taylor:head"),
         (("--method", "snp:heads", "--macs", "50%"), "kinds of group out of head"),
@@ -216,6 +228,7 @@ def test_a_latency_budget_on_the_real_clock(call: Call, tmp_path: Path, monkeypa
         (("--macs", "50%", "--lr", "0.1"), "something that trains"),
         (("--macs", "50%", "--recovery-epochs", "1"), "images to train on"),
         (("--macs", "50%", "--method", "auto"), "measure accuracy"),
+        (("--macs", "50%", "--method", "snp,auto:mlp"), "measure accuracy"),
         (("--macs", "50%", "--journal", "j"), "--method auto"),
         (("--macs", "50%", "--method", "auto", "--data", "digits", "--plot", "p.txt"), ".png"),
     ],
@@ -233,6 +246,15 @@ def test_wrong_usage_is_named(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--method", "magnitude", "--macs", "0.001%"), "floor"),
+        (("--macs", "50%"), "images that snp can measure on .--data DIR"),
+        (("--method", "taylor", "--macs", "50%"), "images that taylor can measure on"),
+        (("--method", "magnitude", "--macs", "50%", "--data", "no/where"), "no/where"),
+        (("--macs", "50%", "--option", "gamma=eight"), "gamma .* 'eight'"),
+        (("--macs", "50%", "--option", "pruning_ratio=much"), "pruning_ratio .* 'much'"),
+        (("--latency", "50%", "--on", "tpu"), "a device such as cpu.* 'tpu'"),
+        (("--method", "magnitude", "--ratios", "{tmp}/none.yaml"), "No such file"),
+        (("--method", "magnitude", "--ratios", "{checkpoint}/model.safetensors"), "JSON or YAML"),
         (("--method", "magnitude", "--macs", "50%", "--option", "gamma=8"), "options of magnitude"),
         (("--method", "magnitude", "--ratios", "{tmp}/none.yaml"), "ratios by address"),
         (("--method", "magnitude", "--ratios", "{tmp}/list.yaml"), "blocks.0.mlp: 0.5"),
@@ -245,9 +267,8 @@ def test_a_named_error_writes_nothing(
     call: Call, checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "list.yaml").write_text("[1, 2]")
-    answer = call("prune", checkpoint, *(a.format(tmp=tmp_path) for a in arguments), "--out", tmp_path / "out")
-    assert answer.code == 1
-    assert message in answer.stderr
+    filled = [a.format(tmp=tmp_path, checkpoint=checkpoint) for a in arguments]
+    refused(call("prune", checkpoint, *filled, "--out", tmp_path / "out"), message)
     assert not (tmp_path / "out").exists()
 
 

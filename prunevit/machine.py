@@ -24,6 +24,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def installed(package: str) -> str | None:
     """A package's version, or None."""
     try:
