@@ -2,8 +2,9 @@
 
     python bench/fused_mlp.py --device cuda --shapes snp_deit_tiny --batch 1,256 --out bench/results
 
-What has been measured is written after every shape. When ``--limit`` seconds are over, no further shape is begun, and
-the command that does the rest is printed.
+What has been measured is written after every few works. A peer that is not built in time is left out, so that ours are
+measured all the same; when ``--limit`` seconds are nearly over nothing further is begun, and the command that does the
+rest is printed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ IMPLS: dict[str, tuple[str, ...]] = {
         "dense eager", "dense compile max-autotune", "dense compile reduce-overhead",
     ),
 }  # fmt: skip
+SLOW = ("max-autotune", "reduce-overhead")  # in the names of peers that take long to build
+LEAST = 60.0  # seconds below which nothing is begun
 COLUMNS = ("shape", "batch", "best peer", "µs", "its µs", "× best", "goal", "of floor", "goal", "× dense", "MACs ratio")
 console = Console(stderr=True)
 
@@ -53,8 +56,9 @@ def measure(
     *,
     device: str = "cuda",
     dtype: str = "bfloat16",
-    rounds: int = 7,
-    seconds: float = 0.1,
+    rounds: int = 5,
+    seconds: float = 0.05,
+    build_seconds: float | None = None,
     tuning: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -63,11 +67,12 @@ def measure(
     program = (str(Path(__file__).with_name("_gpu_worker.py")),)
     peers = [Peer(impl, job, program) for impl in impls]
     probe = Peer("peak", job, program)
-    everyone = [*peers, probe]
-    # all start at once; a lock lets one build at a time
+    quick = [peer for peer in peers if not peer.name.endswith(SLOW)]
+    slow = [peer for peer in peers if peer not in quick]
+    # each group starts at once, ours in the first one; a lock lets one build at a time
     failed = run_interleaved(
-        everyone, threads=4, rounds=rounds, seconds=seconds * len(works), progress=progress, at_once=len(everyone),
-        dispensable={impl for impl in impls if not impl.startswith("prunevit")},
+        [*quick, probe, *slow], threads=4, rounds=rounds, seconds=seconds * len(works), progress=progress,
+        at_once=len(quick) + 1, build_seconds=build_seconds, dispensable=set(impls) - {"prunevit"},
     )  # fmt: skip
     ran = [peer for peer in peers if peer.name not in failed]
     return rows_of(kind, works, ran, probe.facts), {impl: str(failure) for impl, failure in failed.items()}
@@ -201,32 +206,41 @@ def write(kind: str, record: dict[str, Any], out: Path) -> None:
 
 def bench(
     kind: str, names: list[str], batches: list[int], out: Path | None, *, limit: float, dtype: str = "bfloat16",
-    impls: Sequence[str] | None = None, device: str = "cuda", rounds: int = 7, tuning: Path | None = None,
+    impls: Sequence[str] | None = None, device: str = "cuda", rounds: int = 5, tuning: Path | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Measure shape after shape until the limit; print the table, write the files."""
-    begun, rows, failed = time.monotonic(), list[dict[str, Any]](), dict[str, dict[str, str]]()
-    left = list(names)
-    while left and (not rows or time.monotonic() - begun < limit):
-        name = left.pop(0)
+    """Measure a few works after the other until the limit; print the table, write the files."""
+    until, rows, failed = time.monotonic() + limit, list[dict[str, Any]](), dict[str, dict[str, str]]()
+    several = 1 if kind == "model" else 6
+    left = [
+        (name, works[first : first + several])
+        for name in names
+        for works in [works_of(kind, name, batches)]
+        for first in range(0, len(works), several)
+    ]
+    while left and (not rows or until - time.monotonic() > LEAST):
+        name, works = left.pop(0)
+        timing = rounds * 0.1 * len(works) * len(impls or IMPLS[kind])  # twice the seconds that are asked for
         with console.status("") as status:
-            works = works_of(kind, name, batches)
-            label = f"{kind}, {name}: "
+            label = f"{kind}, {name}, {len(left)} to follow: "
             measured, left_out = measure(
                 kind, works, impls or IMPLS[kind], device=device, dtype=dtype, rounds=rounds, tuning=tuning,
+                build_seconds=max(LEAST / 2, until - time.monotonic() - timing),
                 progress=lambda text, label=label: status.update(label + text),
             )  # fmt: skip
         rows += measured
         for reason in left_out.values():
             console.print(f"[yellow]{name}, left out:[/] {reason}")
-        failed |= {name: left_out} if left_out else {}
+        failed.setdefault(name, {}).update(left_out)
         if out is not None:
-            write(kind, {"environment": environment(dtype), "failed": failed, "rows": rows}, out)
+            reasons = {name: why for name, why in failed.items() if why}
+            write(kind, {"environment": environment(dtype), "failed": reasons, "rows": rows}, out)
     Console(width=150).print(table_of(rows))
     if kind == "fused_mlp":
         Console(width=150).print(kernels_of(rows))
     if left:
         sizes = ",".join(map(str, batches))
-        again = f"python bench/{kind}.py --device {device} --batch {sizes} --shapes {','.join(left)}"
+        shapes_left = ",".join(dict.fromkeys(name for name, _ in left))
+        again = f"python bench/{kind}.py --device {device} --batch {sizes} --shapes {shapes_left}"
         console.print(f"[yellow]{limit:.0f} s are over; the rest:[/] {again}")
     return rows
 

@@ -13,7 +13,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -176,21 +177,27 @@ def peaks(job: dict[str, Any]) -> dict[str, float]:
     return {"flops": found.flops, "bandwidth": found.memory, "exps": found.exps or math.inf}
 
 
-def built(job: dict[str, Any]) -> list[Run | None]:
-    """Every work of the job that can be done, warmed up. One process builds at a time: autotuning measures."""
+@contextmanager
+def alone() -> Iterator[None]:
+    """One process builds at a time, or probes: both measure."""
     with (Path(tempfile.gettempdir()) / "prunevit-gpu-build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        runs = list[Run | None]()
-        for work in job["works"]:
-            run = model_of(job, work) if job["kind"] == "model" else op_of(job, work)
-            if run is None:
-                runs.append(None)
-                continue
-            for _ in range(3):
-                run()
-            graph = job["kind"] != "model" and job["device"] == "cuda"
-            runs.append(captured(run) if graph else run)
-        return runs
+        yield
+
+
+def built(job: dict[str, Any]) -> list[Run | None]:
+    """Every work of the job that can be done, warmed up."""
+    runs = list[Run | None]()
+    for work in job["works"]:
+        run = model_of(job, work) if job["kind"] == "model" else op_of(job, work)
+        if run is None:
+            runs.append(None)
+            continue
+        for _ in range(3):
+            run()
+        graph = job["kind"] != "model" and job["device"] == "cuda"
+        runs.append(captured(run) if graph else run)
+    return runs
 
 
 @torch.no_grad()
@@ -199,9 +206,12 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 10_000
     torch._dynamo.config.accumulated_recompile_limit = 100_000
     if job["impl"] == "peak":
-        serve(lambda _: [0.0], **peaks(job))
+        with alone():
+            found = peaks(job)
+        serve(lambda _: [0.0], **found)
         return
-    runs = built(job)
+    with alone():
+        runs = built(job)
     time_of = event_times if job["device"] == "cuda" else timed
     repeats = 1 if job["kind"] == "model" or job["device"] != "cuda" else REPEATS
     costs = [work["costs"] for work in job["works"] if "costs" in work]

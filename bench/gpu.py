@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +26,8 @@ NEEDS = (
     "matplotlib", "numpy", "pybind11", "pydantic", "pytest", "pytest_timeout", "rich", "safetensors", "setuptools",
     "timm", "torch", "torchvision", "triton", "typer", "yaml",
 )  # fmt: skip
-SECONDS = 460  # of one part, its build included: lent machines allow ten minutes a command
+SECONDS = 460  # of one part, its build included: some machines allow ten minutes a command
+LEFT = "{left}"  # in a command: the seconds that the part has left when the command begins
 GPU_TESTS = ("tests/kernels/gpu", "tests/kernels/cuda/test_on_gpu.py", "tests/runtime/test_on_gpu.py")
 
 
@@ -35,6 +38,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", default="", help="batch sizes, with commas")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to install first, without an index")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="after which the part ends by itself")
+    parser.add_argument("--built", action="store_true", help="the extensions are here already: do not build them")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     return parser.parse_args(argv)
 
@@ -67,26 +72,28 @@ def architecture() -> str:
 
 
 def part_commands(args: argparse.Namespace) -> list[list[str]]:
-    """The build, and then the part."""
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    """The build, unless it is there, and then the part."""
+    build = [] if args.built else [[sys.executable, "setup.py", "-q", "build_ext", "--inplace"]]
     out = str(args.out.resolve())
     if args.part == "tests":
         parallel = ["-n", "8"] if find_spec("xdist") else []
         chosen = ["-k", args.shapes] if args.shapes else []
         report = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={out}/tests-gpu.xml"]
-        return [build, [sys.executable, "-m", "pytest", *report, *parallel, *chosen, *GPU_TESTS]]
+        # a signal cannot interrupt a process that waits for a kernel which hangs; ending it from a thread can
+        patience = ["--timeout=120", "--timeout-method=thread"]
+        return [*build, [sys.executable, "-m", "pytest", *report, *patience, *parallel, *chosen, *GPU_TESTS]]
     tuning = args.out.resolve() / "tuning.json"
     if args.part == "tune":
         tune = [sys.executable, "-m", "prunevit.runtime.tune", f"--batch={args.batch or '1,64,256'}", f"--out={tuning}"]
-        return [build, *([*tune, shape] for shape in (args.shapes or "snp_deit_small").split(","))]
+        return [*build, *([*tune, shape] for shape in (args.shapes or "snp_deit_small").split(","))]
     options = [f"--{name}={value}" for name, value in (("shapes", args.shapes), ("batch", args.batch)) if value]
     bench = [sys.executable, f"bench/{args.part}.py", "--device=cuda", *options]
-    commands = [build, [*bench, f"--out={out}", f"--limit={SECONDS - 200}"]]
-    if args.part == "model":
-        tuned = [f"--tuning={tuning}"] if tuning.is_file() else []  # what PART=tune has written there
-        commands = [[*command, *tuned] if command is not build else command for command in commands]
-        commands.append([*bench, *tuned, "--roofline"])
-    return commands
+    measure = [*bench, f"--out={out}", f"--limit={LEFT}"]
+    if args.part != "model":
+        return [*build, measure]
+    tuned = [f"--tuning={tuning}"] if tuning.is_file() else []  # what PART=tune has written there
+    # the quick one first: peers that autotune may take all the time there is
+    return [*build, [*bench, *tuned, "--roofline"], [*measure, *tuned]]
 
 
 def missing(site: str) -> list[str]:
@@ -95,19 +102,26 @@ def missing(site: str) -> list[str]:
 
 
 def run(command: list[str], extra: dict[str, str], until: float) -> int:
+    """The command's status; 124 where the time was over first. Nothing that it started lives on."""
+    left = until - time.monotonic()
+    command = [word.replace(LEFT, f"{left - 10:.0f}") for word in command]
     print("+", shlex.join(command), flush=True)
+    # a process group of its own: workers that are stopped, or busy on the GPU, must end with it
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **extra}, process_group=0)
     try:
-        return subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **extra}, timeout=until - time.monotonic()
-        ).returncode
+        return process.wait(left)
     except subprocess.TimeoutExpired:
-        print(f"stopped: the part's {SECONDS} s are over; what was written stays. Narrow it with SHAPES= or BATCH=.")
+        print("stopped: the part's time is over; what was written stays. Narrow it with SHAPES= or BATCH=.")
         return 124
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main(argv: list[str]) -> int:
     args = arguments(argv)
-    until = time.monotonic() + SECONDS
+    until = time.monotonic() + args.seconds
     with tempfile.TemporaryDirectory(prefix="prunevit-site-") as site:
         install = [wheel_command(args.wheels, site)] if args.wheels else []
         if args.dry_run:

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
@@ -26,6 +27,7 @@ from ..errors import PrunevitError
 
 _ERROR = re.compile(r"[\w.]+(Error|Exception|Failed|Refused)\b")
 BUILT_AT_ONCE = 2  # most of what starting takes is one thread's importing
+PATIENCE = 60.0  # seconds that a turn may take beyond its own before its process counts as hung
 
 
 class PeerFailed(PrunevitError):
@@ -57,9 +59,9 @@ class Peer:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words, text=True, env=env
         )
 
-    def ready(self) -> None:
-        """Wait until it is built, and leave it stopped. Raises :class:`PeerFailed`."""
-        self.facts = self._answer()
+    def ready(self, within: float | None = None) -> None:
+        """Wait until it is built, so many seconds at most, and leave it stopped. Raises :class:`PeerFailed`."""
+        self.facts = self._answer(within)
         self._pause()
 
     def round(self, seconds: float) -> None:
@@ -69,27 +71,45 @@ class Peer:
         with suppress(BrokenPipeError):  # it has ended since: its answer says so
             self.process.stdin.write(f"{seconds}\n")
             self.process.stdin.flush()
-        self.samples.append(self._answer()["ms"])
+        self.samples.append(self._answer(seconds + PATIENCE)["ms"])
         self._pause()
 
     def stop(self) -> None:
         """End the process."""
         os.kill(self.process.pid, signal.SIGCONT)
         self.process.terminate()
-        self.process.wait()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:  # it waits for a GPU that does not answer
+            self.process.kill()
+            self.process.wait()
         self.words.close()
 
     def _pause(self) -> None:
         os.kill(self.process.pid, signal.SIGSTOP)
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, within: float | None) -> dict[str, Any]:
+        """The next line of JSON. Whoever takes longer is killed, which ends the reading."""
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                answer: dict[str, Any] = json.loads(line)
-                return answer
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self.process.kill()
+
+        watch = threading.Timer(within or 0.0, give_up)
+        if within is not None:
+            watch.start()
+        try:
+            for line in self.process.stdout:
+                if line.startswith("{"):
+                    answer: dict[str, Any] = json.loads(line)
+                    return answer
+        finally:
+            watch.cancel()
         self.words.seek(0)
-        raise PeerFailed(f"{self.name}: {_last_words(self.words.read())}")
+        words = f"no answer within {within:.0f} s" if late.is_set() else _last_words(self.words.read())
+        raise PeerFailed(f"{self.name}: {words}")
 
     @property
     def times(self) -> list[float]:
@@ -132,13 +152,15 @@ def run_interleaved(
     seconds: float = 0.4,
     progress: Callable[[str], None] = lambda _: None,
     at_once: int = BUILT_AT_ONCE,
+    build_seconds: float | None = None,
     dispensable: Container[str] = (),
 ) -> dict[str, PeerFailed]:
     """Build every peer, ``at_once`` together, then let them run in turn; the order is reversed every other round.
 
-    The first peer that fails ends it (:class:`PeerFailed`), unless its name is ``dispensable``: such a one is left out
-    from then on. Returns what those failed of.
+    The first peer that fails, or is not built ``build_seconds`` after the call, ends it (:class:`PeerFailed`), unless
+    its name is ``dispensable``: such a one is left out from then on. Returns what those failed of.
     """
+    begun = time.monotonic()
     started: list[Peer] = []
     failed: dict[str, PeerFailed] = {}
 
@@ -159,7 +181,8 @@ def run_interleaved(
                 peer.start(threads)
                 started.append(peer)
             for peer in group:
-                tried(peer, peer.ready)
+                left = None if build_seconds is None else max(1.0, begun + build_seconds - time.monotonic())
+                tried(peer, partial(peer.ready, left))
         for r in range(rounds):
             progress(f"round {r + 1} of {rounds}")
             for peer in peers if r % 2 == 0 else list(reversed(peers)):

@@ -38,7 +38,10 @@ class _EventStopwatch(Stopwatch):
 
     def __call__(self) -> list[float]:
         make: Any = torch.cuda.Event
+        sleep: Any = torch.cuda._sleep
         events = [make(enable_timing=True) for _ in range(len(self.launches) + 1)]
+        # the GPU waits until the host has queued the steps: small ones end before the next could be launched
+        sleep(20_000 * len(self.launches))  # cycles: about 12 µs a step
         events[0].record()
         for launch, event in zip(self.launches, events[1:]):
             launch()

@@ -58,6 +58,7 @@ def tune_runtime(runtime: Runtime, batches: Iterable[int], file: Path, report: C
     # the Triton pair is one of an MLP's kernels: it competes with the tiles that suit it
     tiled = [(op, buffers) for op, buffers in bound if isinstance(op, TritonOp)] + [(op.triton, [x]) for op, x in mlps]
     found = tune(tiled, target, report=report)
+    before.joined(found).write(file)  # at once: a kernel that hangs below must not cost what is known
     for op, _ in mlps:
         op.triton.target = with_tuning(target, found)
     found = found.joined(choose_kernels(mlps, target, report=report))

@@ -67,6 +67,15 @@ def test_a_dispensable_peer_that_fails_is_left_out() -> None:
     assert len(good.samples) == 3
 
 
+def test_a_dispensable_peer_that_hangs_is_left_out() -> None:
+    good = Peer("prunevit", {}, program=("-c", f"import sys; {ANSWERS}\nfor _ in sys.stdin: {ANSWERS}"))
+    hung = Peer("compiled", {}, program=("-c", "import time; time.sleep(1000)"))
+    failed = run_interleaved([good, hung], threads=1, rounds=1, build_seconds=2.0, dispensable={"compiled"})
+    assert str(failed["compiled"]) == "compiled: no answer within 2 s"
+    assert hung.process.poll() is not None
+    assert len(good.samples) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
