@@ -36,6 +36,7 @@ class PoolHead(Op):
 
     def __post_init__(self) -> None:
         expect(self.pool in get_args(Pool), "a kind of pooling", got=self.pool, want=get_args(Pool))
+        expect(self.prefix >= 0, "a count of prefix tokens", got=self.prefix)
         for name in ("norm", "fc_norm"):
             norm = getattr(self, name)
             fits = norm is None or norm.shape == (2, self.embed_dim)
@@ -51,6 +52,9 @@ class PoolHead(Op):
     def check(self, target: Target, x: Tensor, out: Tensor) -> None:
         expect_buffer("x", x, (None, None, self.embed_dim), target)
         b, n = x.shape[:2]
+        left_out = self.prefix if self.pool in ("avg", "max", "avgmax") else 0
+        expect(left_out < n, "at least one token to pool", got=n - left_out)
+        expect(self.pool != "tokens" or n >= 2, "two tokens to pool", got=n)
         out_dim = self.pooled_dim if self.weight is None else self.weight.shape[0]
         expect_buffer("out", out, (b, n, out_dim) if self.pool == "none" else (b, out_dim), target)
 
