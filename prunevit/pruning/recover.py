@@ -158,7 +158,7 @@ class _Run:
                 group = min(self.recipe.accumulate, self.dealer.batches - at)
             images, target = images.to(self.device), labels.to(self.device)
             if self.mix is not None:
-                images, target = self.mix(images, target)
+                images, target = self.mix(images.clone(), target)  # it mixes in place, and the images are the caller's
             with self.autocast:
                 output = self.student(images)
                 loss = self.loss(output, images, target)
