@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CheckpointError, PruningError, expect
 from .dealing import Dealer
-from .method import Batches, evaluating
+from .method import Batches, Job, evaluating
 from .recipe import Loss, Recipe, Student
 from .training_state import read_facts, read_state, write_state
 
@@ -68,8 +68,14 @@ def recover(
     """
     run = _Run(model, data, teacher, validation, Recipe.of(recipe), None if state is None else Path(state))
     run.penalty, run.on_step = penalty, on_step
-    with _own_chance(run.device), evaluating(teacher) if teacher is not None else _nothing():
+    with _own_chance(run.device), nullcontext() if teacher is None else evaluating(teacher):
         return run.train()
+
+
+def recover_for(job: Job, model: nn.Module, recipe: Mapping[str, Any], **more: Any) -> History:
+    """:func:`recover` ``model`` from the job's own one; the recipe's seed goes before the job's."""
+    options = {"on_step": job.on_step, "seed": job.seed, **recipe, **more}
+    return recover(model, job.training_data("recovery"), teacher=job.model, **options)
 
 
 def accuracy(model: nn.Module, data: Batches) -> float:
@@ -246,8 +252,3 @@ def _own_chance(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
