@@ -118,11 +118,18 @@ class RaggedAttention(AttentionOnKernels, EagerAttention):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ) -> None:
-        scale = qk_dims[0] ** -0.5 if scale is None and len(qk_dims) else scale or 1.0
+        scale = scale_or_default(scale, qk_dims)
         block = BlockSpec(qk_dims=tuple(qk_dims), v_dims=tuple(v_dims), attn_scale=scale, mlp_dim=0, has_mlp=False)
         spec = one_block_spec(in_features, block, qkv_bias=qkv_bias, proj_bias=proj_bias)
         super().__init__(spec, block, in_features, out_features or in_features, attn_drop, proj_drop)
         init_linears(self)
+
+
+def scale_or_default(scale: float | None, qk_dims: Sequence[int]) -> float:
+    """That of the first head where none is given; without heads it multiplies nothing."""
+    if scale is not None:
+        return scale
+    return qk_dims[0] ** -0.5 if len(qk_dims) else 1.0
 
 
 def one_block_spec(embed_dim: int, block: BlockSpec, **switches: Any) -> ViTSpec:

@@ -14,7 +14,15 @@ from prunevit_kernels.library import plain
 from ..models.block import Block as EagerBlock
 from ..models.block import _read, _write
 from ..spec import Act, BlockSpec
-from ._attention import ATTENTIONS, attention_refusal, heads_of, init_linears, one_block_spec, widths_refusal
+from ._attention import (
+    ATTENTIONS,
+    attention_refusal,
+    heads_of,
+    init_linears,
+    one_block_spec,
+    scale_or_default,
+    widths_refusal,
+)
 from ._mlp import act_of, mlp_refusal
 from ._module import PATH, KernelModule, Part, parts_refusal, tensors_refusal, untraced
 from ._ready import ready, tensors
@@ -222,7 +230,7 @@ class RaggedBlock(EagerBlockOnKernels, EagerBlock):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
     ) -> None:
-        scale = qk_dims[0] ** -0.5 if attn_scale is None and len(qk_dims) else attn_scale or 1.0
+        scale = scale_or_default(attn_scale, qk_dims)
         spec = one_block_spec(
             embed_dim,
             BlockSpec(qk_dims=tuple(qk_dims), v_dims=tuple(v_dims), attn_scale=scale, mlp_dim=mlp_dim),
