@@ -24,6 +24,7 @@ FORMAT_VERSION: Literal[1] = 1
 MAX_PARAMS = 2**33  # 32 GiB of fp32: an order above the largest ViT published with weights
 
 Act = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
+Rule = Literal["max_attention", "class_attention"]
 GlobalPool = Literal["", "avg", "avgmax", "max", "token", "map"]
 HeadDim = Annotated[int, Field(ge=1, le=1024)]
 Channel = Annotated[int, Field(ge=0, lt=2**16)]
@@ -42,7 +43,7 @@ class TokenSelect(Frozen):
     """
 
     before: Literal["attn", "mlp"]
-    rule: Literal["max_attention", "class_attention"]
+    rule: Rule
     keep: Annotated[int, Field(ge=1, le=2**20)]
     cascade: bool = False
     fuse: bool = False
@@ -230,6 +231,26 @@ class ViTSpec(Document):
     @property
     def num_prefix_tokens(self) -> int:
         return int(self.class_token) + int(self.distilled) + self.reg_tokens
+
+    @property
+    def num_prefix_positions(self) -> int:
+        """How many of the prefix tokens have a position embedding: all of them or none."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
+    @property
+    def num_unpooled_tokens(self) -> int:
+        """How many tokens, from the first on, averages, maxima and attention pooling leave out."""
+        return 0 if self.pool_include_prefix else self.num_prefix_tokens
+
+    @property
+    def num_final_tokens(self) -> int:
+        """How many tokens leave the last block."""
+        return self.tokens()[-1][2] if self.blocks else self.num_prefix_tokens + self.num_patches
+
+    @property
+    def selection(self) -> tuple[Rule, bool] | None:
+        """The rule that all token selections share, and whether it cascades; None where no token is dropped."""
+        return next(((b.select.rule, b.select.cascade) for b in self.blocks if b.select is not None), None)
 
     def tokens(self) -> list[tuple[int, int, int]]:
         """For each block, how many tokens enter it, reach its attention, and reach its MLP."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunevit_kernels.library import plain
 
 from ..models.block import Block as EagerBlock
-from ..models.block import _read, _write
+from ..models.block import read_channels, write_channels
 from ..spec import Act, BlockSpec
 from ._attention import (
     ATTENTIONS,
@@ -191,15 +191,15 @@ class EagerBlockOnKernels(BlockOnKernels):
             if block.rule is not None:
                 scores = scores + latest if block.cascade and scores is not None else latest
         elif block.attn is not None:
-            y = block.ls1(block.attn(_read(block.norm1(x), block.attn_reads)))
-            x = _write(x, block.drop_path1(y), block.attn_writes)
+            y = block.ls1(block.attn(read_channels(block.norm1(x), block.attn_reads)))
+            x = write_channels(x, block.drop_path1(y), block.attn_writes)
         if select_between:
             x, scores = block._select(x, scores)
         if self._has_mlp and not whole:
             x = self._feed(x)
         elif block.mlp is not None and not whole:
-            y = block.ls2(block.mlp(_read(block.norm2(x), block.mlp_reads)))
-            x = _write(x, block.drop_path2(y), block.mlp_writes)
+            y = block.ls2(block.mlp(read_channels(block.norm2(x), block.mlp_reads)))
+            x = write_channels(x, block.drop_path2(y), block.mlp_writes)
         return (x, scores) if block.selects else x
 
 
