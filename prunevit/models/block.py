@@ -8,9 +8,10 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, QuickGELU
+from timm.layers import DropPath, GELUTanh, LayerNorm, LayerScale, Mlp, QuickGELU, trunc_normal_
 from torch import Tensor, nn
 
+from ..errors import UnsupportedModel
 from ..spec import Act, BlockSpec, Channels, Rule, ViTSpec
 from .select import attention_scores, select_tokens
 
@@ -20,6 +21,25 @@ ACTIVATIONS: dict[Act, Callable[[], nn.Module]] = {
     "quick_gelu": QuickGELU,
     "relu": nn.ReLU,
 }
+
+
+def act_of(module: nn.Module, where: str = "the activation") -> Act:
+    """The name of an activation module. Raises :class:`UnsupportedModel`."""
+    if isinstance(module, nn.GELU):
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    names: dict[type[nn.Module], Act] = {GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu", nn.ReLU: "relu"}
+    for kind, name in names.items():
+        if isinstance(module, kind):
+            return name
+    raise UnsupportedModel(f"{where} is {type(module).__name__}: expected GELU, GELUTanh, QuickGELU or ReLU")
+
+
+def init_linear(module: nn.Module) -> None:
+    """As timm initialises a ViT's: truncated normal weights of 0.02, zero biases. Any other module is left as it is."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class OutputBias(nn.Module):

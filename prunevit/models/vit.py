@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, SpecError
 from ..spec import ViTSpec
-from .block import ACTIVATIONS, Block
+from .block import ACTIVATIONS, Block, init_linear
 from .select import scored_blocks
 from .surface import TimmSurface, linear_head
 
@@ -127,11 +127,8 @@ class PrunedViT(TimmSurface):
             if token is not None:
                 nn.init.normal_(token, std=std)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, AttentionPoolLatent):
+            init_linear(module)
+            if isinstance(module, AttentionPoolLatent):
                 module.init_weights()
 
     # -- forward -----------------------------------------------------------------------------------------------------

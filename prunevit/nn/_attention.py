@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import trunc_normal_
 from timm.layers.attention import Attention as TimmAttention
 from torch import Tensor, nn
 
 from prunevit_kernels import MAX_HEAD_DIM
 
 from ..models.block import RaggedAttention as EagerAttention
+from ..models.block import init_linear
+from ..models.from_timm import scale_of
 from ..spec import BlockSpec, ViTSpec
 from ._module import DROPOUT, IDENTITY, LINEAR, KernelModule, Part, parts_refusal, tensors_refusal
 
@@ -30,8 +31,7 @@ def heads_of(attn: Any) -> Heads:
     if isinstance(attn, EagerAttention):
         return Heads(attn.qk_dims, attn.v_dims, attn.scale)
     dims = [attn.head_dim] * attn.num_heads
-    # timm's fused path lets PyTorch choose the scale; its other path multiplies by its own
-    return Heads(dims, dims, attn.head_dim**-0.5 if attn.fused_attn else attn.scale)
+    return Heads(dims, dims, scale_of(attn))
 
 
 def attention_parts(attn: Any, name: str) -> list[Part]:
@@ -140,12 +140,8 @@ def one_block_spec(embed_dim: int, block: BlockSpec, **switches: Any) -> ViTSpec
 
 
 def init_linears(module: nn.Module) -> None:
-    """As timm initialises a ViT: truncated normal weights of 0.02, zero biases."""
     for child in module.modules():
-        if isinstance(child, nn.Linear):
-            trunc_normal_(child.weight, std=0.02)
-            if child.bias is not None:
-                nn.init.zeros_(child.bias)
+        init_linear(child)
 
 
 ATTENTIONS = (TimmAttention, EagerAttention)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunevit_kernels.library import plain
 
 from ..models.block import Block as EagerBlock
-from ..models.block import read_channels, write_channels
+from ..models.block import act_of, read_channels, write_channels
 from ..spec import Act, BlockSpec
 from ._attention import (
     ATTENTIONS,
@@ -23,7 +23,7 @@ from ._attention import (
     scale_or_default,
     widths_refusal,
 )
-from ._mlp import act_of, mlp_refusal
+from ._mlp import mlp_refusal
 from ._module import PATH, KernelModule, Part, parts_refusal, tensors_refusal, untraced
 from ._ready import ready, tensors
 

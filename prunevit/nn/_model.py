@@ -19,6 +19,7 @@ from prunevit_kernels import Target
 from prunevit_kernels.library import packs, target_of
 
 from ..errors import CheckpointError, UnsupportedModel
+from ..models.block import act_of
 from ..models.from_timm import spec_of
 from ..models.tensors import check_shapes
 from ..models.vit import PrunedViT
@@ -27,7 +28,6 @@ from ..runtime.plan import make_plan
 from ..spec import ViTSpec
 from ._attention import heads_of
 from ._block import NORM, BlockOnKernels
-from ._mlp import act_of
 from ._module import DROPOUT, IDENTITY, LINEAR, KernelModule, Part, parts_refusal, tensors_refusal, untraced
 from ._snapshot import Known
 
