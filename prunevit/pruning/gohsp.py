@@ -201,7 +201,8 @@ def stationary(s: Tensor, damping: float, tolerance: float = 1e-12, most: int = 
 
 def group_norms(weights: Mapping[str, Tensor], groups: Sequence[Group], model: PrunedViT) -> dict[Group, Tensor]:
     """The L2 norm of each neuron's or pair's own rows and columns."""
-    axes, squares = Atoms.of(model.spec).axes(), torch.zeros(Atoms.of(model.spec).total, dtype=torch.float64)
+    atoms = Atoms.of(model.spec)
+    axes, squares = atoms.axes(), torch.zeros(atoms.total, dtype=torch.float64)
     wanted = {
         "v": ("attn.proj.weight",),
         "qk": ("attn.qkv.weight",),
@@ -215,8 +216,7 @@ def group_norms(weights: Mapping[str, Tensor], groups: Sequence[Group], model: P
             for axis, ids in enumerate(axes[name]) if name.endswith(names) else ():
                 if ids is not None:
                     squares.index_add_(0, ids, reduce_square(weight, axis).cpu())
-        atoms = Atoms.of(model.spec)
         for group in groups:
             if group.kind == kind:
-                scores[group] = squares[atoms.in_group(group).start : atoms.in_group(group).stop].sqrt()
+                scores[group] = squares[atoms.in_group(group)].sqrt()
     return scores

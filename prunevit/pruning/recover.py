@@ -224,7 +224,7 @@ class _Run:
                 f"{self.state} to be of this run, {name} {value}",
                 got=facts.get(name),
             )
-        read_state(self.state, self._modules(), self.optimizer)
+        read_state(self.state, facts, self._modules(), self.optimizer)
         self.history, self.step = facts["history"], facts["step"]
         self.scaler.load_state_dict(facts["scaler"])
 
