@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,10 +14,8 @@ from torch import Tensor
 
 from ._configs import Problem, Tile
 from ._expect import expect
-from .op import Op
-from .target import Launch, Target
-
-AnyOp = TypeVar("AnyOp", bound=Op)
+from .op import AnyOp
+from .target import Launch, Target, in_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,21 +59,13 @@ class TritonOp(Generic[AnyOp]):
         self.op.check(self.target, *buffers)
         device = self.target.device
         if device.type != "cuda":  # the interpreter
-            return _in_order([call.load() for call in self.calls(*buffers)])
+            return in_order([call.load() for call in self.calls(*buffers)])
         with torch.cuda.device(device):
             launches = [call.load() for call in self.calls(*buffers)]
         return partial(_on_device, device, launches)
 
 
-def _in_order(launches: list[Launch]) -> Launch:
-    def run() -> None:
-        for launch in launches:
-            launch()
-
-    return run
-
-
-def _on_device(device: torch.device, launches: list[Callable[[], None]]) -> None:
+def _on_device(device: torch.device, launches: list[Launch]) -> None:
     with torch.cuda.device(device):  # Triton launches on the current device's current stream
         for launch in launches:
             launch()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -68,6 +68,16 @@ class Target:
         """Elements from one row of a buffer to the next: a multiple of 8 on a GPU, of a cache line on a CPU."""
         unit = {"torch": 1, "cpu": 16, "cuda": 8}[self.backend]
         return -(-width // unit) * unit
+
+
+def in_order(launches: Sequence[Launch]) -> Launch:
+    """One launch that runs all of them."""
+
+    def run() -> None:
+        for launch in launches:
+            launch()
+
+    return run
 
 
 class PackedOp(Protocol):

@@ -101,7 +101,7 @@ class CudaMlp:
         """The same as two Triton kernels, with weights of its own."""
         from . import _triton
 
-        return _triton.pack(self.op, self.target)
+        return _triton.Packed(self.op, self.target)
 
     def problem(self, x: Tensor) -> Problem:
         op = self.op
@@ -198,7 +198,7 @@ def pack(op: FusedMlp, target: Target) -> PackedOp:
     if target.device.type != "cuda":  # kernels interpreted, or compiled for a GPU that is not there: Triton's alone
         from . import _triton
 
-        return _triton.pack(op, target)
+        return _triton.Packed(op, target)
     try:
         extension = import_module("prunevit_kernels._cuda")
     except ModuleNotFoundError as missing:
@@ -211,5 +211,5 @@ def pack(op: FusedMlp, target: Target) -> PackedOp:
         )
         from . import _triton
 
-        return _triton.pack(op, target)
+        return _triton.Packed(op, target)
     return CudaMlp(extension, op, target)

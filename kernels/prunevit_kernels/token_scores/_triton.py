@@ -112,7 +112,7 @@ def token_scores_kernel(
     tl.store(scores + keys, received, mask=present)
 
 
-class _Packed(TritonOp[TokenScores]):
+class Packed(TritonOp[TokenScores]):
     def __init__(self, op: TokenScores, target: Target) -> None:
         super().__init__(op, target)
         heads = op.heads
@@ -142,7 +142,3 @@ class _Packed(TritonOp[TokenScores]):
         grid = b * h * -(-queries // tile.block_m)
         args = (qkv, sums, self.table, h, n, queries, *pitches)
         return [Call(softmax_sums_kernel, grid, args, constants, tile, problem), spread]
-
-
-def pack(op: TokenScores, target: Target) -> _Packed:
-    return _Packed(op, target)
