@@ -16,6 +16,7 @@ from ._configs import Problem, Tile
 from ._expect import expect
 from .op import AnyOp
 from .target import Launch, Target, in_order
+from .units import round_up
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +72,6 @@ def _on_device(device: torch.device, launches: list[Launch]) -> None:
             launch()
 
 
-def up8(width: int) -> int:
-    return -(-width // 8) * 8
-
-
 def expect_rows(name: str, tensor: Tensor) -> None:
     """Rows that 16-byte copies can read: they start on 16 bytes, and have room for a multiple of 8 elements."""
     pitches = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()) if size > 1]
@@ -86,7 +83,7 @@ def expect_rows(name: str, tensor: Tensor) -> None:
     )
     end = tensor.storage_offset() + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     room = tensor.untyped_storage().nbytes() // tensor.element_size()
-    last = end - (tensor.shape[-1] - 1) + up8(tensor.shape[-1])
+    last = end - (tensor.shape[-1] - 1) + round_up(tensor.shape[-1], 8)
     expect(bool(last <= room), f"{name} with storage for the whole pitch of its last row", got=room, want=last)
 
 
@@ -99,7 +96,7 @@ def scratch_for(written: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> 
     It is shared by all ops that write the same buffer: they can never run at the same time, or they would race for
     that buffer. It lives as long as a launch holds it; rows have a pitch of whole 16 bytes.
     """
-    pitch = up8(shape[-1])
+    pitch = round_up(shape[-1], 8)
     rows = shape[:-1]
     elements = pitch
     for size in rows:

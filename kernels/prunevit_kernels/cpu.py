@@ -13,9 +13,7 @@ from torch import Tensor
 from ._expect import matrix_of
 from .heads import HeadTable
 from .op import AnyOp
-from .target import Launch, MissingExtension, Target, in_order
-
-BUILD_COMMAND = "python setup.py build_ext --inplace"
+from .target import BUILD_COMMAND, Launch, MissingExtension, Target, in_order
 
 
 def extension() -> ModuleType:

@@ -15,17 +15,13 @@ from torch import Tensor
 
 from .._configs import CUDA_MLP_KERNELS, MLP_KERNELS, Problem
 from .._expect import ContractError, expect, matrix_of
-from ..target import Launch, PackedOp, Target
+from ..target import BUILD_COMMAND, Launch, PackedOp, Target
+from ..units import dtype_name, round_up
 from . import FusedMlp
 
 PANEL = 64  # columns of a panel, and of a chunk of the hidden width: csrc/cuda/layout.h
 UNIT = 16
 KERNEL_VARIABLE = "PRUNEVIT_MLP_KERNEL"
-BUILD_COMMAND = "pip install --no-build-isolation -e ."
-
-
-def round_up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
 
 
 def swizzled(panels: Tensor) -> Tensor:
@@ -177,7 +173,7 @@ class CudaMlp:
         mlp = native.Mlp(
             plan,
             self._shape(x),
-            str(self.target.dtype).removeprefix("torch."),
+            dtype_name(self.target.dtype),
             op.act,
             op.eps,
             native.Weights(**weights, **lists),
