@@ -94,7 +94,7 @@ class AttentionOnKernels(KernelModule):
         if reason is None:
             return torch.ops.prunevit.attention(x, *self._tensors(), *heads_of(self), *self._how)
         self._tell(reason)
-        return super().forward(x, attn_mask, is_causal, *args, **kwargs)  # type: ignore[misc]
+        return super().forward(x, attn_mask, is_causal, *args, **kwargs)
 
 
 class RaggedAttention(AttentionOnKernels, EagerAttention):

@@ -162,7 +162,7 @@ class TimmBlockOnKernels(BlockOnKernels):
         if reason is None:
             return self._whole(x)[0]
         self._tell(reason)
-        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc, no-any-return]
+        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[no-any-return]
 
 
 class EagerBlockOnKernels(BlockOnKernels):
@@ -178,7 +178,7 @@ class EagerBlockOnKernels(BlockOnKernels):
         if reason is None:
             return self._run(x, scores)
         self._tell(reason)
-        return super().forward(x, attn_mask, is_causal, scores)  # type: ignore[misc]
+        return super().forward(x, attn_mask, is_causal, scores)
 
     def _run(self, x: Tensor, scores: Tensor | None) -> Any:
         block: Any = self

@@ -50,7 +50,7 @@ class MlpOnKernels(KernelModule):
         reason = self.refusal(x)
         if reason is not None:
             self._tell(reason)
-            return super().forward(x)  # type: ignore[misc, no-any-return]
+            return super().forward(x)  # type: ignore[no-any-return]
         self_: Any = self
         act = act_of(self_.act)
         y = torch.ops.prunevit.mlp(x.flatten(0, -2)[None], *self._tensors(), act, *self._how)

@@ -63,7 +63,7 @@ class ModelOnKernels(KernelModule):
             found = self._whole(x, attn_mask, is_causal)
             if not isinstance(found, str):
                 return _run(x, *found, self.kernel_options.backend, self.kernel_options.check == "versions")
-        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
+        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
 
     def refusal(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
         """Why a call runs block by block, in which case each block says what it can; None if it runs as one plan."""

@@ -129,7 +129,7 @@ class _Run:
             raise PruningError(f"expected {what}, got {recipe.opt} and {recipe.sched}: {error}") from None
         amp = self.device.type == "cuda" if recipe.amp is None else recipe.amp
         self.autocast = torch.autocast(self.device.type, getattr(torch, recipe.amp_dtype), enabled=amp)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and recipe.amp_dtype == "float16")  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and recipe.amp_dtype == "float16")
         self.ema = None if recipe.ema_decay is None else ModelEmaV3(model, decay=recipe.ema_decay)
         self.mix: Any = None
         if recipe.mixup or recipe.cutmix:
