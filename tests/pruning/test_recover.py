@@ -270,7 +270,6 @@ def stop(step: Step) -> None:
         raise Interrupted
 
 
-@pytest.mark.slow
 def test_two_processes_under_torchrun_are_one_larger_batch(tmp_path: Path) -> None:
     for name in ("ant", "bee"):
         (tmp_path / "images" / "train" / name).mkdir(parents=True)

@@ -217,7 +217,6 @@ def test_page_escapes_names() -> None:
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1200], ids=["phone", "desktop"])
 def test_page_fits_in_a_browser(width: int, tmp_path: Path) -> None:
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
