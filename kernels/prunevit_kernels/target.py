@@ -31,6 +31,11 @@ class MissingExtension(RuntimeError):
     """A native extension that this backend needs is not built. The message has the command that builds it."""
 
 
+def available_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Target:
     """A backend with the device and dtype that it runs in.
@@ -43,7 +48,7 @@ class Target:
     backend: BackendName
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    threads: int = field(default_factory=available_cores)
     tuning: Tuning | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
