@@ -74,7 +74,7 @@ class BuildExt(build_ext):
                 return [built]
             return self.compiler.compile([source], folder, extra_postargs=[*FLAGS, *flags])
 
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        with ThreadPoolExecutor(setup_cuda.CORES) as threads:
             return [path for paths in threads.map(compile_one, jobs) for path in paths]
 
 

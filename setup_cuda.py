@@ -18,6 +18,7 @@ BINDINGS = ROOT / "csrc" / "bindings_cuda.cpp"
 OBJECTS = ROOT / "build" / "cuda"
 NAME = "prunevit_kernels._cuda"
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 ONLY_FOR = {"fused_wgmma.cu": "90a", "wgmma_gemms.cu": "90a"}
 
 
@@ -94,7 +95,7 @@ def compile_objects(folder: Path = OBJECTS) -> list[Path]:
         return compile_once([*command, *gencodes(own)], source, folder / f"{source.stem}.{'_'.join(own)}.o", headers)
 
     sources = [path for path in sorted(SOURCES.glob("*.cu")) if ONLY_FOR.get(path.name, archs[0]) in archs]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+    with ThreadPoolExecutor(CORES) as threads:
         return list(threads.map(compile_one, sources))
 
 

@@ -213,7 +213,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "apply",
       [](const std::string& function, uintptr_t x, uintptr_t y, int64_t count) {
-        kernels().apply(function.c_str(), floats(x), reinterpret_cast<float*>(y), count);
+        require(kernels().apply(function.c_str(), floats(x), reinterpret_cast<float*>(y), count), "a function's name",
+                function);
       },
       "y = function(x), for tests of exp2, sigmoid2, gelu, gelu_tanh, quick_gelu, relu.");
   m.def(

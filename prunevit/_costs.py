@@ -77,17 +77,13 @@ def latent_pool_macs(spec: ViTSpec) -> int:
     """Attention pooling over the last block's tokens: q and proj of one latent, kv of every token, the MLP."""
     if spec.attn_pool is None:
         return 0
-    n = spec.tokens()[-1][2] if spec.blocks else spec.num_patches + spec.num_prefix_tokens
-    n -= 0 if spec.pool_include_prefix else spec.num_prefix_tokens
-    width = spec.embed_dim
+    n, width = spec.num_final_tokens - spec.num_unpooled_tokens, spec.embed_dim
     return width * width * (2 + 2 * n) + 2 * n * width + 2 * width * spec.attn_pool.mlp_dim
 
 
 def head_macs(spec: ViTSpec) -> int:
     """The classifier; without pooling it sees every token."""
-    rows = 1 + spec.distilled
-    if spec.global_pool == "":
-        rows = spec.tokens()[-1][2] if spec.blocks else spec.num_patches + spec.num_prefix_tokens
+    rows = spec.num_final_tokens if spec.global_pool == "" else 1 + spec.distilled
     return rows * spec.embed_dim * spec.num_classes
 
 
@@ -99,7 +95,7 @@ def stem_and_head_macs(spec: ViTSpec) -> int:
 def stem_and_head_params(spec: ViTSpec) -> int:
     """Everything outside the blocks."""
     width = spec.embed_dim
-    positions = spec.num_patches + (0 if spec.no_embed_class else spec.num_prefix_tokens)
+    positions = spec.num_patches + spec.num_prefix_positions
     norms = spec.embed_norm + spec.pre_norm + spec.final_norm + spec.fc_norm
     params = width * (_patch_dim(spec) + spec.patch_bias + positions + spec.num_prefix_tokens + 2 * norms)
     params += (width + 1) * spec.num_classes * (1 + spec.distilled)

@@ -17,7 +17,7 @@ from .latency.table import OnNode
 from .models.from_timm import as_pruned
 from .models.vit import PrunedViT
 from .pruning import Budget
-from .pruning.budget import Constraints, Cost
+from .pruning.budget import Constraints, Cost, costs_by_name
 from .pruning.method import Batches, Data
 from .pruning.prune import AnyMethod
 from .runtime import Runtime
@@ -79,7 +79,7 @@ def prune(
     last = (constraints[-1] if constraints else None) if isinstance(constraints, Sequence) else constraints
     every = constraints if isinstance(constraints, Sequence) else [constraints or {}]
     named = {name for mapping in every for name in mapping}
-    costs = _costs_by_name(named, cost)
+    costs = costs_by_name(named, cost)
     wanted = {"latency", "memory"} & (named - set(costs))
     expect(on is None or bool(wanted), PruningError, "on= with a latency or memory constraint", got=sorted(named))
     given: dict[str, Any] = {"train": train, "validation": validation, "seed": seed, **options}
@@ -102,14 +102,6 @@ def prune(
         return pruning.prune(source, method, constraints, data, cost=costs, **{**given, **own})
 
     return measured.within(limit.most, attempt, deployment.attempts or (3 if train is None else 1))
-
-
-def _costs_by_name(constraints: set[str], cost: Cost | Mapping[str, Cost] | None) -> dict[str, Cost]:
-    if cost is None or isinstance(cost, Mapping):
-        return dict(cost or {})
-    others = sorted(constraints - {"macs", "params"})
-    expect(len(others) == 1, PruningError, "one constraint for the one cost, or costs by name", got=others)
-    return {others[0]: cost}
 
 
 def save(model: PrunedViT, path: str | os.PathLike[str], *, check: bool = True) -> Path:

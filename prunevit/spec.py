@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ._costs import BlockCost, block_costs, stem_and_head_macs, stem_and_head_params
+from ._frozen import Document, Frozen
 from .errors import SpecError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ FORMAT_VERSION: Literal[1] = 1
 MAX_PARAMS = 2**33  # 32 GiB of fp32: an order above the largest ViT published with weights
 
 Act = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
+Rule = Literal["max_attention", "class_attention"]
 GlobalPool = Literal["", "avg", "avgmax", "max", "token", "map"]
 HeadDim = Annotated[int, Field(ge=1, le=1024)]
 Channel = Annotated[int, Field(ge=0, lt=2**16)]
@@ -30,12 +32,7 @@ Channels = Annotated[tuple[Channel, ...], Field(min_length=1, max_length=2**16)]
 Size = tuple[Annotated[int, Field(ge=1, le=2**14)], Annotated[int, Field(ge=1, le=2**14)]]
 
 
-class _Frozen(BaseModel):
-    # strict: a JSON true is no width of 1, and "12" no depth; lax_size etc. would hide a malformed file
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class TokenSelect(_Frozen):
+class TokenSelect(Frozen):
     """Token reduction inside one block, to a static count.
 
     All prefix tokens stay; of the others the ``keep`` with the highest scores stay, in their order, ties going to the
@@ -46,13 +43,13 @@ class TokenSelect(_Frozen):
     """
 
     before: Literal["attn", "mlp"]
-    rule: Literal["max_attention", "class_attention"]
+    rule: Rule
     keep: Annotated[int, Field(ge=1, le=2**20)]
     cascade: bool = False
     fuse: bool = False
 
 
-class BlockSpec(_Frozen):
+class BlockSpec(Frozen):
     """One block: x + attn(norm1(x)), then x + mlp(norm2(x)).
 
     ``qk_dims`` and ``v_dims`` have one entry a surviving head. An *emptied* attention (no head) or MLP
@@ -105,15 +102,18 @@ class BlockSpec(_Frozen):
         return sum(self.v_dims)
 
 
-class AttnPoolSpec(_Frozen):
+class AttnPoolSpec(Frozen):
     """SigLIP's attention-pooling head, which runs as it is behind the trunk."""
 
     num_heads: Annotated[int, Field(ge=1, le=256)]
     mlp_dim: Annotated[int, Field(ge=1, le=2**18)]
 
 
-class ViTSpec(_Frozen):
+class ViTSpec(Document):
     """A Vision Transformer of any ragged shape, with the fields of timm's constructor that a standard ViT uses."""
+
+    kind = "spec"
+    error = SpecError
 
     format_version: Literal[1] = FORMAT_VERSION
     img_size: Size = (224, 224)
@@ -237,6 +237,26 @@ class ViTSpec(_Frozen):
     def num_prefix_tokens(self) -> int:
         return int(self.class_token) + int(self.distilled) + self.reg_tokens
 
+    @property
+    def num_prefix_positions(self) -> int:
+        """How many of the prefix tokens have a position embedding: all of them or none."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
+    @property
+    def num_unpooled_tokens(self) -> int:
+        """How many tokens, from the first on, averages, maxima and attention pooling leave out."""
+        return 0 if self.pool_include_prefix else self.num_prefix_tokens
+
+    @property
+    def num_final_tokens(self) -> int:
+        """How many tokens leave the last block."""
+        return self.tokens()[-1][2] if self.blocks else self.num_prefix_tokens + self.num_patches
+
+    @property
+    def selection(self) -> tuple[Rule, bool] | None:
+        """The rule that all token selections share, and whether it cascades; None where no token is dropped."""
+        return next(((b.select.rule, b.select.cascade) for b in self.blocks if b.select is not None), None)
+
     def tokens(self) -> list[tuple[int, int, int]]:
         """For each block, how many tokens enter it, reach its attention, and reach its MLP."""
         counts, n = [], self.num_prefix_tokens + self.num_patches
@@ -265,26 +285,9 @@ class ViTSpec(_Frozen):
 
     # -- in and out --------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ViTSpec:
-        """Read untrusted data. Raises :class:`SpecError` with the path of each wrong field and why."""
-        try:
-            # lists stand for tuples in JSON: validated as JSON, strictness keeps its meaning for everything else
-            return cls.model_validate_json(_to_json(data))
-        except ValidationError as error:
-            raise SpecError(_message(error)) from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, defaults included."""
-        data: dict[str, Any] = self.model_dump(mode="json")
-        return data
-
     def replace(self, **fields: Any) -> ViTSpec:
-        """The same spec with some fields changed, and checked anew. Raises :class:`SpecError`."""
-        try:
-            return ViTSpec(**{**{name: getattr(self, name) for name in type(self).model_fields}, **fields})
-        except ValidationError as error:
-            raise SpecError(_message(error)) from None
+        """The same spec with some fields changed, and checked anew."""
+        return ViTSpec.checked(**{**{name: getattr(self, name) for name in type(self).model_fields}, **fields})
 
     @classmethod
     def from_shape(cls, entry: Mapping[str, Any], **fields: Any) -> ViTSpec:
@@ -311,24 +314,3 @@ class ViTSpec(_Frozen):
         from .models.from_timm import spec_of  # the one arrow that points up: a name people look for here
 
         return spec_of(model)
-
-
-def _to_json(data: Mapping[str, Any]) -> str:
-    import json
-
-    try:
-        return json.dumps(data)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise SpecError(f"invalid spec: expected plain JSON values, got {error}") from None
-
-
-def _message(error: ValidationError) -> str:
-    lines = [f"{'.'.join(str(part) for part in e['loc']) or 'spec'}: {_reason(e)}" for e in error.errors()[:5]]
-    return "invalid spec: " + "; ".join(lines)
-
-
-def _reason(error: Any) -> str:
-    message = str(error["msg"]).removeprefix("Value error, ")
-    value = repr(error["input"])
-    shown = value if len(value) <= 60 else value[:57] + "…"
-    return message if error["type"] == "value_error" else f"{message}, got {shown}"

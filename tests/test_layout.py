@@ -27,8 +27,8 @@ def test_an_op_has_one_name_everywhere(op: str) -> None:
     assert issubclass(kind, Op)
     assert callable(getattr(__import__(f"prunevit_kernels.{op}", fromlist=[op]), op)), "the reference has the op's name"
     assert (ROOT / f"tests/kernels/test_{op}.py").exists()
-    for module in kind.implementations.values():
-        assert (folder / f"{module}.py").exists(), f"{camel}.implementations names {module}"
+    for module in ("_native", "_triton"):
+        assert (folder / f"{module}.py").exists()
 
 
 @pytest.mark.parametrize("op", TIMED_ALONE)

@@ -122,7 +122,8 @@ struct Kernels {
   Step* (*token_scores)(const TokenScores&);
   Step* (*patch_embed)(const PatchEmbed&);
   Step* (*pool_head)(const PoolHead&);
-  void (*apply)(const char* function, const float* x, float* y, int64_t count);  // for tests: exp2, sigmoid, gelu...
+  // For tests: exp2, sigmoid2, gelu and the like; false for a name that is none of them.
+  bool (*apply)(const char* function, const float* x, float* y, int64_t count);
   double (*fma_seconds)(int64_t rounds);  // seconds that `rounds` rounds of fma_flops() operations take
   double (*fma_flops)();
 };

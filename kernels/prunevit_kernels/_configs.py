@@ -6,11 +6,12 @@ shared memory), not from timings; :mod:`prunevit_kernels.tune` measures the cand
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
 from .target import Target
+from .units import dtype_name
 
 KernelName = Literal[
     "ragged_attention", "norm_linear", "linear", "linear_residual", "patch_embed", "token_scores", "rows", "select",
@@ -58,7 +59,7 @@ def chosen(target: Target, problem: Problem, default: Tile) -> Tile:
     """The tile that tuning found for the problem on this GPU, or else the default."""
     if target.tuning is None:
         return default
-    return target.tuning.tiles.get(problem.key(str(target.dtype).removeprefix("torch.")), default)
+    return target.tuning.tiles.get(problem.key(dtype_name(target.dtype)), default)
 
 
 def attention_tile(target: Target, problem: Problem) -> Tile:
@@ -110,7 +111,3 @@ def candidates(problem: Problem) -> list[Tile]:
         shapes, depths = (small, (3, 5)) if problem.sizes[0] <= 1024 else (large, (2, 3, 4))
         return [Tile(m, n, warps=warps, stages=stages) for (m, n, warps), stages in product(shapes, depths)]
     return []
-
-
-def as_json(tile: Tile) -> dict[str, int]:
-    return asdict(tile)

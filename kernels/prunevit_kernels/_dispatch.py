@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -16,30 +15,13 @@ from ._expect import ContractError, expect
 from ._packs import Pack, PackCache, Weights
 from ._workspace import View, bound
 from .op import Op
-from .target import BackendName, PackedOp, Target
+from .target import BackendName, PackedOp, Target, kernel_backend
 
 packs = PackCache()
 plain: dict[str, Callable[..., Any]] = {}
 
 # how an op finds its pack: the last two arguments of those that take weights
 HOW = 'str backend="auto", bool trust_versions=False'
-
-HALF = (torch.float16, torch.bfloat16)
-
-
-@cache
-def cpu_extension_built() -> bool:
-    """Are the C++ kernels there?"""
-    return find_spec("prunevit_kernels._cpu") is not None
-
-
-def kernel_backend(device: torch.device, dtype: torch.dtype) -> BackendName:
-    """The backend whose kernels serve a device and dtype; ``torch``, the reference ops, where none does."""
-    if device.type == "cuda" and dtype in HALF:
-        return "cuda"
-    if device.type == "cpu" and dtype == torch.float32 and cpu_extension_built():
-        return "cpu"
-    return "torch"
 
 
 @cache

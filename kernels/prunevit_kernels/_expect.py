@@ -48,6 +48,12 @@ def expect_linear(name: str, weight: Tensor, bias: Tensor | None, shape: tuple[i
     expect_vector(f"the bias of {name}", bias, weight.shape[0])
 
 
+def expect_affine(name: str, norm: Tensor | None, embed_dim: int) -> None:
+    """A norm's weight and bias as one tensor [2, E], or None."""
+    if norm is not None:
+        expect(norm.shape == (2, embed_dim), f"{name} of shape", got=tuple(norm.shape), want=(2, embed_dim))
+
+
 def expect_buffer(
     name: str, tensor: Tensor, shape: Sequence[int | None], target: Target, dtype: torch.dtype | None = None
 ) -> None:

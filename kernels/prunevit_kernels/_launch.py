@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,10 +14,9 @@ from torch import Tensor
 
 from ._configs import Problem, Tile
 from ._expect import expect
-from .op import Op
-from .target import Launch, Target
-
-AnyOp = TypeVar("AnyOp", bound=Op)
+from .op import AnyOp
+from .target import Launch, Target, in_order
+from .units import round_up
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,28 +60,16 @@ class TritonOp(Generic[AnyOp]):
         self.op.check(self.target, *buffers)
         device = self.target.device
         if device.type != "cuda":  # the interpreter
-            return _in_order([call.load() for call in self.calls(*buffers)])
+            return in_order([call.load() for call in self.calls(*buffers)])
         with torch.cuda.device(device):
             launches = [call.load() for call in self.calls(*buffers)]
         return partial(_on_device, device, launches)
 
 
-def _in_order(launches: list[Launch]) -> Launch:
-    def run() -> None:
-        for launch in launches:
-            launch()
-
-    return run
-
-
-def _on_device(device: torch.device, launches: list[Callable[[], None]]) -> None:
+def _on_device(device: torch.device, launches: list[Launch]) -> None:
     with torch.cuda.device(device):  # Triton launches on the current device's current stream
         for launch in launches:
             launch()
-
-
-def up8(width: int) -> int:
-    return -(-width // 8) * 8
 
 
 def expect_rows(name: str, tensor: Tensor) -> None:
@@ -96,7 +83,7 @@ def expect_rows(name: str, tensor: Tensor) -> None:
     )
     end = tensor.storage_offset() + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     room = tensor.untyped_storage().nbytes() // tensor.element_size()
-    last = end - (tensor.shape[-1] - 1) + up8(tensor.shape[-1])
+    last = end - (tensor.shape[-1] - 1) + round_up(tensor.shape[-1], 8)
     expect(bool(last <= room), f"{name} with storage for the whole pitch of its last row", got=room, want=last)
 
 
@@ -109,7 +96,7 @@ def scratch_for(written: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> 
     It is shared by all ops that write the same buffer: they can never run at the same time, or they would race for
     that buffer. It lives as long as a launch holds it; rows have a pitch of whole 16 bytes.
     """
-    pitch = up8(shape[-1])
+    pitch = round_up(shape[-1], 8)
     rows = shape[:-1]
     elements = pitch
     for size in rows:

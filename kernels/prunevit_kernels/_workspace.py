@@ -20,7 +20,6 @@ MAX_SHAPES = 4  # bound programs a pack keeps for each thread
 # name, batch, tokens, width; a width of 0 is a [B, N] buffer of fp32 scores
 View = tuple[str, int, int, int]
 
-
 Programs = OrderedDict[tuple[Any, ...], tuple[Launch, list[Tensor]]]
 
 
@@ -30,9 +29,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.flat: dict[tuple[object, ...], Tensor] = {}
         self.grown = 0
-        self.bound: WeakKeyDictionary[Pack, OrderedDict[tuple[Any, ...], tuple[Launch, list[Tensor]]]] = (
-            WeakKeyDictionary()
-        )
+        self.bound: WeakKeyDictionary[Pack, Programs] = WeakKeyDictionary()
 
 
 _local = _Local()
@@ -78,7 +75,7 @@ def bound(pack: Pack, views: Sequence[View], steps: Sequence[Sequence[int]]) -> 
     launches = [op.bind(*(windows[i] for i in step)) for op, step in zip(pack.value, steps, strict=True)]
     for old in [k for k in programs if k[0] != _local.grown]:
         del programs[old]
-    programs[(_local.grown, stream, *views)] = fuse(launches, target), windows
+    found = programs[(_local.grown, stream, *views)] = fuse(launches, target), windows
     while len(programs) > MAX_SHAPES:
         programs.popitem(last=False)
-    return programs[(_local.grown, stream, *views)]
+    return found

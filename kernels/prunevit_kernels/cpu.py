@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, Generic
 
 import torch
 from torch import Tensor
 
 from ._expect import matrix_of
 from .heads import HeadTable
-from .target import Launch, MissingExtension
-
-BUILD_COMMAND = "python setup.py build_ext --inplace"
+from .op import AnyOp
+from .target import BUILD_COMMAND, Launch, MissingExtension, Target, in_order
 
 
 def extension() -> ModuleType:
@@ -26,6 +25,24 @@ def extension() -> ModuleType:
             raise
         message = f"prunevit_kernels._cpu is not built: run `{BUILD_COMMAND}` in the project's folder"
         raise MissingExtension(message) from error
+
+
+class NativeOp(Generic[AnyOp]):
+    """An op packed for the C++ kernels. ``name`` is its function in the extension, ``arguments`` makes what that takes
+    after the buffers and the threads.
+    """
+
+    name: ClassVar[str]
+    arguments: ClassVar[Callable[..., tuple[Any, ...]]]
+
+    def __init__(self, op: AnyOp, target: Target) -> None:
+        self.op, self.target = op, target
+
+    def bind(self, *buffers: Tensor) -> Launch:
+        self.op.check(self.target, *buffers)
+        function = getattr(extension(), self.name)
+        launch: Launch = function(buffers, self.target.pool, *self.arguments(*buffers))  # it keeps the buffers alive
+        return launch
 
 
 def new_pool(threads: int) -> Any:
@@ -93,11 +110,4 @@ def program(launches: Iterable[Launch]) -> Launch:
             run = []
         if launch is not None:
             parts.append(launch)
-    if len(parts) == 1:
-        return parts[0]
-
-    def run_parts() -> None:
-        for part in parts:
-            part()
-
-    return run_parts
+    return parts[0] if len(parts) == 1 else in_order(parts)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ._expect import expect
+from .units import round_up
 
 MAX_HEAD_DIM = 128
 
@@ -38,7 +39,7 @@ class HeadTable:
             offsets = []
             for dim in dims:
                 offsets.append(start)
-                start += -(-dim // align) * align
+                start += round_up(dim, align)
             return tuple(offsets), start
 
         q, end = lay(0, qk_dims)

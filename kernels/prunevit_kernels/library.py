@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ._blocks import attention_sublayer, block, mlp_sublayer, packed_table, run_mlp
-from ._dispatch import HOW, cpu_extension_built, kernel_backend, owned, packed, packs, plain, register, run, target_of
+from ._dispatch import HOW, owned, packed, packs, plain, register, run, target_of
 from ._workspace import View
 from .fold import Sublayer, attention_ops, channels
 from .fused_mlp import Activation
@@ -29,14 +29,13 @@ from .norm_linear import NormLinear
 from .op import Op
 from .ragged_attention import RaggedAttention
 from .target import Target
+from .units import round_up
 
 __all__ = [
     "attention",
     "attention_sublayer",
     "block",
-    "cpu_extension_built",
     "fused_mlp",
-    "kernel_backend",
     "linear_residual",
     "mlp",
     "mlp_sublayer",
@@ -90,7 +89,7 @@ def ragged_attention(
 
 @ragged_attention.register_fake
 def _(qkv: Tensor, qk_dims: Sequence[int], v_dims: Sequence[int], align: int = 1, backend: str = "auto") -> Tensor:
-    return qkv.new_empty((*qkv.shape[:2], sum(-(-dim // align) * align for dim in v_dims)))
+    return qkv.new_empty((*qkv.shape[:2], sum(round_up(dim, align) for dim in v_dims)))
 
 
 @register(

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from .target import BackendName, Launch, PackedOp, Target
 
+MODULES: dict[BackendName, str] = {"cpu": "._native", "cuda": "._triton"}
+
 
 class Op:
     """An op with its weights, in fp32 and in the shape that mathematics gives them.
 
-    A subclass is a frozen dataclass. ``implementations`` names, for each backend but ``torch``, the module of the
-    op's folder whose ``pack(op, target)`` makes the :class:`PackedOp`.
+    A subclass is a frozen dataclass. For each backend but ``torch`` a module of the op's folder has a class ``Packed``,
+    whose ``Packed(op, target)`` is the :class:`PackedOp`.
     """
-
-    implementations: ClassVar[Mapping[BackendName, str]] = {"cpu": "_native", "cuda": "_triton"}
 
     # Each op's ``check(target, *buffers)`` raises ContractError unless the buffers are what its contract says;
     # ``reference(*buffers)`` runs it on them in plain PyTorch. The buffers differ from op to op.
@@ -41,9 +41,7 @@ class Op:
         """Lay the weights out, once, as the target's kernel reads them."""
         if target.backend == "torch":
             return _ReferenceOp(self, target)
-        folder = type(self).__module__
-        module = import_module(f".{self.implementations[target.backend]}", folder)
-        packed: PackedOp = module.pack(self, target)
+        packed: PackedOp = import_module(MODULES[target.backend], type(self).__module__).Packed(self, target)
         return packed
 
 
@@ -54,3 +52,6 @@ class _ReferenceOp:
     def bind(self, *buffers: Tensor) -> Launch:
         self.op.check(self.target, *buffers)
         return torch.no_grad()(partial(self.op.reference, *buffers))
+
+
+AnyOp = TypeVar("AnyOp", bound=Op)

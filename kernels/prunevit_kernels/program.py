@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import cpu
-from .target import Launch, Target
+from .target import Launch, Target, in_order
 
 
 def fuse(launches: Sequence[Launch], target: Target) -> Launch:
@@ -15,10 +15,4 @@ def fuse(launches: Sequence[Launch], target: Target) -> Launch:
     """
     if target.backend == "cpu" and launches:
         return cpu.program(launches)
-    steps = tuple(launches)
-
-    def run() -> None:
-        for step in steps:
-            step()
-
-    return run
+    return in_order(tuple(launches))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ._expect import expect
+from .units import round_up
 
 if TYPE_CHECKING:
     from .tuning import Tuning
@@ -19,11 +21,19 @@ if TYPE_CHECKING:
 BackendName = Literal["torch", "cpu", "cuda"]
 BACKENDS: tuple[BackendName, ...] = ("torch", "cpu", "cuda")
 
+HALF = (torch.float16, torch.bfloat16)
+BUILD_COMMAND = "python setup.py build_ext --inplace"
+
 Launch = Callable[[], None]
 
 
 class MissingExtension(RuntimeError):
     """A native extension that this backend needs is not built. The message has the command that builds it."""
+
+
+def available_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Target:
     backend: BackendName
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    threads: int = field(default_factory=available_cores)
     tuning: Tuning | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -49,8 +59,7 @@ class Target:
             expect(self.dtype == torch.float32, "the cpu backend in fp32", got=self.dtype)
         if self.backend == "cuda":
             expect(self.device.type == "cuda", "the cuda backend on a GPU", got=self.device)
-            half = (torch.float16, torch.bfloat16)
-            expect(self.dtype in half, "the cuda backend in fp16 or bf16", got=self.dtype)
+            expect(self.dtype in HALF, "the cuda backend in fp16 or bf16", got=self.dtype)
 
     @property
     def alignment(self) -> int:
@@ -67,7 +76,32 @@ class Target:
     def pitch(self, width: int) -> int:
         """Elements from one row of a buffer to the next: a multiple of 8 on a GPU, of a cache line on a CPU."""
         unit = {"torch": 1, "cpu": 16, "cuda": 8}[self.backend]
-        return -(-width // unit) * unit
+        return round_up(width, unit)
+
+
+@cache
+def cpu_extension_built() -> bool:
+    """Are the C++ kernels there?"""
+    return find_spec("prunevit_kernels._cpu") is not None
+
+
+def kernel_backend(device: torch.device, dtype: torch.dtype) -> BackendName:
+    """The backend whose kernels serve a device and dtype; ``torch``, the reference ops, where none does."""
+    if device.type == "cuda" and dtype in HALF:
+        return "cuda"
+    if device.type == "cpu" and dtype == torch.float32 and cpu_extension_built():
+        return "cpu"
+    return "torch"
+
+
+def in_order(launches: Sequence[Launch]) -> Launch:
+    """One launch that runs all of them."""
+
+    def run() -> None:
+        for launch in launches:
+            launch()
+
+    return run
 
 
 class PackedOp(Protocol):

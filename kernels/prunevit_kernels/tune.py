@@ -28,6 +28,7 @@ from ._launch import Call, TritonOp
 from .fused_mlp._cuda import CudaMlp
 from .target import Launch, Target
 from .tuning import Tuning, machine_name
+from .units import dtype_name
 
 Report = Callable[[str], None]
 
@@ -110,7 +111,7 @@ def tune(
 ) -> Tuning:
     """The fastest tile of every problem among ops with the buffers that they run on."""
     machine = machine_name(target.device)
-    dtype = str(target.dtype).removeprefix("torch.")
+    dtype = dtype_name(target.dtype)
     trials: dict[str, dict[Tile, tuple[TritonOp[Any], Sequence[Tensor]]]] = {}
     for packed, buffers in bound:
         for call in packed.calls(*buffers):
@@ -147,7 +148,7 @@ def choose_kernels(
     bound: Sequence[tuple[CudaMlp, Tensor]], target: Target, report: Report = lambda line: None
 ) -> Tuning:
     """The fastest kernel of every fused_mlp problem among packed MLPs with the buffer that they run on."""
-    dtype = str(target.dtype).removeprefix("torch.")
+    dtype = dtype_name(target.dtype)
     best: dict[str, str] = {}
     with torch.cuda.device(target.device):
         for packed, x in bound:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ._configs import MLP_KERNELS, Problem, Tile, as_json
+from ._configs import MLP_KERNELS, Problem, Tile
 from ._expect import ContractError, expect
+from .units import dtype_name
 
 FORMAT = 1
 LIMITS = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 64), "warps": (1, 16), "stages": (1, 8)}
@@ -37,7 +38,7 @@ class Tuning:
 
     def kernel_for(self, problem: Problem, dtype: torch.dtype) -> str | None:
         """What runs this fused_mlp fastest here, where it was measured."""
-        return self.kernels.get(problem.key(str(dtype).removeprefix("torch.")))
+        return self.kernels.get(problem.key(dtype_name(dtype)))
 
     def joined(self, later: Tuning) -> Tuning:
         """This table with what a later one of the same machine found."""
@@ -57,7 +58,7 @@ class Tuning:
     def write(self, path: Path) -> None:
         """Make this the machine's table in a file; what other machines found stays."""
         machines = _machines(path) if path.exists() else {}
-        tiles = {key: as_json(tile) for key, tile in sorted(self.tiles.items())}
+        tiles = {key: asdict(tile) for key, tile in sorted(self.tiles.items())}
         machines[self.machine] = tiles | {key: {"kernel": name} for key, name in sorted(self.kernels.items())}
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"format": FORMAT, "machines": machines}, indent=1) + "\n", "utf-8")

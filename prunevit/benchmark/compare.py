@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from prunevit_kernels.target import cpu_extension_built
+
 from ..errors import InputError, expect
 from ..interop.onnx import export_onnx
 from ..models.registry import WEIGHTS
-from ..runtime.backend import cpu_extension_built
 from .interleaved import Peer, run_interleaved, speedup
 from .peers import MODEL_PEERS, build_model, missing, spec_of
 

@@ -9,9 +9,8 @@ from timm.layers.attention import Attention
 from torch import nn
 
 from ..errors import UnsupportedModel
-from ..models.from_timm import spec_of
+from ..models.from_timm import from_timm
 from ..models.vit import PrunedViT
-from ..spec import BlockSpec
 
 
 def from_torch_pruning(model: nn.Module) -> PrunedViT:
@@ -37,14 +36,7 @@ def from_torch_pruning(model: nn.Module) -> PrunedViT:
     view: Any = copy.copy(vit)
     if isinstance(getattr(vit, "patch_embed", None), nn.Module):
         view.embed_dim = vit.patch_embed.proj.out_channels
-    spec = spec_of(view)
-    scales = [b.attn.head_dim**-0.5 if b.attn.fused_attn else float(b.attn.scale) for b in vit.blocks]
-    blocks = tuple(
-        BlockSpec(**{**block.model_dump(), "attn_scale": scale}) for block, scale in zip(spec.blocks, scales)
-    )
-    pruned = PrunedViT(spec.replace(blocks=blocks), device="meta")
-    pruned.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    pruned = from_timm(view)
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    pruned.pretrained_cfg = {key: value for key, value in cfg.items() if key != "state_dict"}
     pruned.provenance = {"base_model": str(cfg.get("architecture", "vit")), "method": "torch-pruning"}
-    return pruned.train(model.training)
+    return pruned

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from prunevit_kernels import Target
+from prunevit_kernels.target import cpu_extension_built
 
 from ..errors import CheckpointError
 from ..machine import machine
-from ..runtime.backend import cpu_extension_built
 from ..runtime.sizes import StepSize, sizes_of
 from ..spec import ViTSpec
 from .kernels import Clock

@@ -8,11 +8,12 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, QuickGELU
+from timm.layers import DropPath, GELUTanh, LayerNorm, LayerScale, Mlp, QuickGELU, trunc_normal_
 from torch import Tensor, nn
 
-from ..spec import Act, BlockSpec, Channels, ViTSpec
-from .select import Rule, attention_scores, select_tokens
+from ..errors import UnsupportedModel
+from ..spec import Act, BlockSpec, Channels, Rule, ViTSpec
+from .select import attention_scores, select_tokens
 
 ACTIVATIONS: dict[Act, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -20,6 +21,25 @@ ACTIVATIONS: dict[Act, Callable[[], nn.Module]] = {
     "quick_gelu": QuickGELU,
     "relu": nn.ReLU,
 }
+
+
+def act_of(module: nn.Module, where: str = "the activation") -> Act:
+    """The name of an activation module. Raises :class:`UnsupportedModel`."""
+    if isinstance(module, nn.GELU):
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    names: dict[type[nn.Module], Act] = {GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu", nn.ReLU: "relu"}
+    for kind, name in names.items():
+        if isinstance(module, kind):
+            return name
+    raise UnsupportedModel(f"{where} is {type(module).__name__}: expected GELU, GELUTanh, QuickGELU or ReLU")
+
+
+def init_linear(module: nn.Module) -> None:
+    """As timm initialises a ViT's: truncated normal weights of 0.02, zero biases. Any other module is left as it is."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class OutputBias(nn.Module):
@@ -133,11 +153,11 @@ class Block(nn.Module):
         super().__init__()
         block = spec.blocks[index]
         self.select, self.prefix = block.select, spec.num_prefix_tokens
-        selections = [b.select for b in spec.blocks if b.select is not None]
-        # a spec's selections are of one kind; only a fused token lets a gradient through to the scores
-        self.selects, self.fuses = bool(selections), any(select.fuse for select in selections)
-        self.cascade = self.selects and selections[0].cascade
-        self.rule = selections[0].rule if scored else None
+        self.selects = spec.selection is not None
+        # only a fused token lets a gradient through to the scores
+        self.fuses = any(b.select is not None and b.select.fuse for b in spec.blocks)
+        rule, self.cascade = spec.selection or (None, False)
+        self.rule = rule if scored else None
         for name in ("attn_reads", "attn_writes", "mlp_reads", "mlp_writes"):
             channels = getattr(block, name)
             # on the CPU whatever the device context: a module built without memory still has its indices
@@ -177,17 +197,17 @@ class Block(nn.Module):
         if self.select is not None and self.select.before == "attn":
             x, scores = self._select(x, scores)
         if self.attn is not None:
-            y = self.attn(_read(self.norm1(x), self.attn_reads), attn_mask, is_causal, self.rule)
+            y = self.attn(read_channels(self.norm1(x), self.attn_reads), attn_mask, is_causal, self.rule)
             if self.rule is not None:
                 y, latest = y
                 latest = latest if self.fuses else latest.detach()
                 scores = scores + latest if self.cascade and scores is not None else latest
-            x = _write(x, self.drop_path1(self.ls1(y)), self.attn_writes)
+            x = write_channels(x, self.drop_path1(self.ls1(y)), self.attn_writes)
         if self.select is not None and self.select.before == "mlp":
             x, scores = self._select(x, scores)
         if self.mlp is not None:
-            y = self.mlp(_read(self.norm2(x), self.mlp_reads))
-            x = _write(x, self.drop_path2(self.ls2(y)), self.mlp_writes)
+            y = self.mlp(read_channels(self.norm2(x), self.mlp_reads))
+            x = write_channels(x, self.drop_path2(self.ls2(y)), self.mlp_writes)
         return (x, scores) if self.selects else x
 
     def _select(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -211,9 +231,11 @@ def _mlp(spec: ViTSpec, block: BlockSpec, in_dim: int, out_dim: int, drop: float
     return empty
 
 
-def _read(x: Tensor, channels: Tensor | None) -> Tensor:
+def read_channels(x: Tensor, channels: Tensor | None) -> Tensor:
+    """The channels of x that a linear reads; None means all."""
     return x if channels is None else x.index_select(-1, channels)
 
 
-def _write(x: Tensor, y: Tensor, channels: Tensor | None) -> Tensor:
+def write_channels(x: Tensor, y: Tensor, channels: Tensor | None) -> Tensor:
+    """x with y added to the channels that a linear writes."""
     return x + y if channels is None else x.index_add(-1, channels, y.to(x.dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import ValidationError
-from timm.layers import AttentionPoolLatent, GELUTanh, LayerScale, Mlp, PatchEmbed, QuickGELU
+from timm.layers import AttentionPoolLatent, LayerScale, Mlp, PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
@@ -13,7 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..errors import CheckpointError, UnsupportedModel
-from ..spec import Act, AttnPoolSpec, BlockSpec, ViTSpec
+from ..spec import AttnPoolSpec, BlockSpec, ViTSpec
+from .block import act_of
 from .tensors import check_shapes
 from .vit import PrunedViT
 
@@ -83,7 +84,7 @@ def spec_of(model: nn.Module) -> ViTSpec:
     }
     if norms.eps is not None:
         fields["norm_eps"] = norms.eps
-    if pool is not None and "act" in fields and _act_of(pool.mlp.act, "attn_pool.mlp.act") != fields["act"]:
+    if pool is not None and "act" in fields and act_of(pool.mlp.act, "attn_pool.mlp.act") != fields["act"]:
         raise UnsupportedModel(f"attn_pool.mlp.act is {pool.mlp.act}: expected {fields['act']} as the blocks have")
     try:
         spec = ViTSpec(**fields)
@@ -132,9 +133,14 @@ def _block_of(block: nn.Module, where: str, norms: _Norms) -> BlockSpec:
     return BlockSpec(
         qk_dims=(attn.head_dim,) * attn.num_heads,
         v_dims=(attn.head_dim,) * attn.num_heads,
-        attn_scale=attn.scale,
+        attn_scale=scale_of(attn),
         mlp_dim=b.mlp.fc1.out_features,
     )
+
+
+def scale_of(attn: Any) -> float:
+    """What a timm attention multiplies its scores by: on its fused path PyTorch's own choice, else ``attn.scale``."""
+    return float(attn.head_dim**-0.5 if attn.fused_attn else attn.scale)
 
 
 def _same_in_all_blocks(vit: Any) -> dict[str, Any]:
@@ -142,7 +148,7 @@ def _same_in_all_blocks(vit: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for i, b in enumerate(vit.blocks):
         here = {
-            "act": _act_of(b.mlp.act, f"blocks.{i}.mlp.act"),
+            "act": act_of(b.mlp.act, f"blocks.{i}.mlp.act"),
             "qkv_bias": b.attn.qkv.bias is not None,
             "proj_bias": b.attn.proj.bias is not None,
             "mlp_bias": b.mlp.fc1.bias is not None,
@@ -153,22 +159,13 @@ def _same_in_all_blocks(vit: Any) -> dict[str, Any]:
                 raise UnsupportedModel(
                     f"blocks.{i}: {name} is {value}, expected {fields[name]} as the blocks before have"
                 )
-        for name, module, with_bias in (
+        for name, has, wanted in (
             ("mlp.fc2", b.mlp.fc2.bias is not None, here["mlp_bias"]),
             ("ls2", isinstance(b.ls2, LayerScale), here["layer_scale"]),
         ):
-            if module != with_bias:
+            if has != wanted:
                 raise UnsupportedModel(f"blocks.{i}.{name}: expected the same switch as its sublayer's counterpart")
     return fields
-
-
-def _act_of(act: nn.Module, where: str) -> Act:
-    if isinstance(act, nn.GELU):
-        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    for kind, name in ((GELUTanh, "gelu_tanh"), (QuickGELU, "quick_gelu"), (nn.ReLU, "relu")):
-        if isinstance(act, kind):
-            return name  # type: ignore[return-value]
-    raise UnsupportedModel(f"{where} is {type(act).__name__}: expected GELU, GELUTanh, QuickGELU or ReLU")
 
 
 def _attn_pool_of(pool: nn.Module, norms: _Norms) -> AttnPoolSpec:

@@ -130,7 +130,7 @@ def _adapt(source: ViTSpec, state: dict[str, Tensor], model: PrunedViT) -> dict[
             state["pos_embed"],
             new_size=list(spec.grid_size),
             old_size=list(source.grid_size),
-            num_prefix_tokens=0 if source.no_embed_class else source.num_prefix_tokens,
+            num_prefix_tokens=source.num_prefix_positions,
         )
     if spec.attn_pool is None:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("attn_pool.")}

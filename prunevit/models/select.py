@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from ..spec import ViTSpec
-
-Rule = Literal["max_attention", "class_attention"]
+from ..spec import Rule, ViTSpec
 
 
 def scored_blocks(spec: ViTSpec) -> list[bool]:

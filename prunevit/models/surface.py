@@ -144,7 +144,7 @@ class TimmSurface(nn.Module):
                 self.pos_embed,
                 new_size=list(spec.grid_size),
                 old_size=list(self.spec.grid_size),
-                num_prefix_tokens=0 if spec.no_embed_class else spec.num_prefix_tokens,
+                num_prefix_tokens=spec.num_prefix_positions,
             )
             self.pos_embed = nn.Parameter(positions.detach(), requires_grad=self.pos_embed.requires_grad)
         self.patch_embed.set_input_size(img_size=spec.img_size, patch_size=spec.patch_size)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, SpecError
 from ..spec import ViTSpec
-from .block import Block
+from .block import Block, init_linear
 from .select import scored_blocks
 from .surface import TimmSurface, attention_pool, linear_head
 
@@ -93,7 +93,7 @@ class PrunedViT(TimmSurface):
 
         self.cls_token, self.dist_token = token(int(spec.class_token)), token(int(spec.distilled))
         self.reg_token = token(spec.reg_tokens)
-        positions = spec.num_patches + (0 if spec.no_embed_class else spec.num_prefix_tokens)
+        positions = spec.num_patches + spec.num_prefix_positions
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, spec.embed_dim))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
@@ -119,11 +119,8 @@ class PrunedViT(TimmSurface):
             if token is not None:
                 nn.init.normal_(token, std=std)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, AttentionPoolLatent):
+            init_linear(module)
+            if isinstance(module, AttentionPoolLatent):
                 module.init_weights()
 
     # -- forward -----------------------------------------------------------------------------------------------------
@@ -147,7 +144,7 @@ class PrunedViT(TimmSurface):
                 pos_embed,
                 new_size=list(x.shape[1:3]),
                 old_size=list(spec.grid_size),
-                num_prefix_tokens=0 if spec.no_embed_class else spec.num_prefix_tokens,
+                num_prefix_tokens=spec.num_prefix_positions,
             )
             x = x.flatten(1, 2)
         prefix = [
@@ -181,7 +178,7 @@ class PrunedViT(TimmSurface):
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """tokens [B, N, E] -> [B, E]; with pooling ``""`` they stay [B, N, E]."""
         if self.attn_pool is not None:
-            return self.attn_pool(x if self.spec.pool_include_prefix else x[:, self.num_prefix_tokens :])  # type: ignore[no-any-return]
+            return self.attn_pool(x[:, self.spec.num_unpooled_tokens :])  # type: ignore[no-any-return]
         pooled: Tensor = global_pool_nlc(
             x,
             pool_type=self.global_pool if pool_type is None else pool_type,

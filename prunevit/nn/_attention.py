@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import trunc_normal_
 from timm.layers.attention import Attention as TimmAttention
 from torch import Tensor, nn
 
 from prunevit_kernels import MAX_HEAD_DIM
 
 from ..models.block import RaggedAttention as EagerAttention
+from ..models.block import init_linear
+from ..models.from_timm import scale_of
 from ..spec import BlockSpec, ViTSpec
 from ._module import DROPOUT, IDENTITY, LINEAR, KernelModule, Part, parts_refusal, tensors_refusal
 
@@ -30,8 +31,7 @@ def heads_of(attn: Any) -> Heads:
     if isinstance(attn, EagerAttention):
         return Heads(attn.qk_dims, attn.v_dims, attn.scale)
     dims = [attn.head_dim] * attn.num_heads
-    # timm's fused path lets PyTorch choose the scale; its other path multiplies by its own
-    return Heads(dims, dims, attn.head_dim**-0.5 if attn.fused_attn else attn.scale)
+    return Heads(dims, dims, scale_of(attn))
 
 
 def attention_parts(attn: Any, name: str) -> list[Part]:
@@ -94,7 +94,7 @@ class AttentionOnKernels(KernelModule):
         if reason is None:
             return torch.ops.prunevit.attention(x, *self._tensors(), *heads_of(self), *self._how)
         self._tell(reason)
-        return super().forward(x, attn_mask, is_causal, *args, **kwargs)  # type: ignore[misc]
+        return super().forward(x, attn_mask, is_causal, *args, **kwargs)
 
 
 class RaggedAttention(AttentionOnKernels, EagerAttention):
@@ -118,11 +118,18 @@ class RaggedAttention(AttentionOnKernels, EagerAttention):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ) -> None:
-        scale = qk_dims[0] ** -0.5 if scale is None and len(qk_dims) else scale or 1.0
+        scale = scale_or_default(scale, qk_dims)
         block = BlockSpec(qk_dims=tuple(qk_dims), v_dims=tuple(v_dims), attn_scale=scale, mlp_dim=0, has_mlp=False)
         spec = one_block_spec(in_features, block, qkv_bias=qkv_bias, proj_bias=proj_bias)
         super().__init__(spec, block, in_features, out_features or in_features, attn_drop, proj_drop)
         init_linears(self)
+
+
+def scale_or_default(scale: float | None, qk_dims: Sequence[int]) -> float:
+    """That of the first head where none is given; without heads it multiplies nothing."""
+    if scale is not None:
+        return scale
+    return qk_dims[0] ** -0.5 if len(qk_dims) else 1.0
 
 
 def one_block_spec(embed_dim: int, block: BlockSpec, **switches: Any) -> ViTSpec:
@@ -133,12 +140,8 @@ def one_block_spec(embed_dim: int, block: BlockSpec, **switches: Any) -> ViTSpec
 
 
 def init_linears(module: nn.Module) -> None:
-    """As timm initialises a ViT: truncated normal weights of 0.02, zero biases."""
     for child in module.modules():
-        if isinstance(child, nn.Linear):
-            trunc_normal_(child.weight, std=0.02)
-            if child.bias is not None:
-                nn.init.zeros_(child.bias)
+        init_linear(child)
 
 
 ATTENTIONS = (TimmAttention, EagerAttention)

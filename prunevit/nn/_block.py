@@ -12,10 +12,18 @@ from torch import Tensor, nn
 from prunevit_kernels.library import plain
 
 from ..models.block import Block as EagerBlock
-from ..models.block import _read, _write
+from ..models.block import act_of, read_channels, write_channels
 from ..spec import Act, BlockSpec
-from ._attention import ATTENTIONS, attention_refusal, heads_of, init_linears, one_block_spec, widths_refusal
-from ._mlp import act_of, mlp_refusal
+from ._attention import (
+    ATTENTIONS,
+    attention_refusal,
+    heads_of,
+    init_linears,
+    one_block_spec,
+    scale_or_default,
+    widths_refusal,
+)
+from ._mlp import mlp_refusal
 from ._module import PATH, KernelModule, Part, parts_refusal, tensors_refusal, untraced
 from ._ready import ready, tensors
 
@@ -154,7 +162,7 @@ class TimmBlockOnKernels(BlockOnKernels):
         if reason is None:
             return self._whole(x)[0]
         self._tell(reason)
-        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc, no-any-return]
+        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[no-any-return]
 
 
 class EagerBlockOnKernels(BlockOnKernels):
@@ -170,7 +178,7 @@ class EagerBlockOnKernels(BlockOnKernels):
         if reason is None:
             return self._run(x, scores)
         self._tell(reason)
-        return super().forward(x, attn_mask, is_causal, scores)  # type: ignore[misc]
+        return super().forward(x, attn_mask, is_causal, scores)
 
     def _run(self, x: Tensor, scores: Tensor | None) -> Any:
         block: Any = self
@@ -183,15 +191,15 @@ class EagerBlockOnKernels(BlockOnKernels):
             if block.rule is not None:
                 scores = scores + latest if block.cascade and scores is not None else latest
         elif block.attn is not None:
-            y = block.ls1(block.attn(_read(block.norm1(x), block.attn_reads)))
-            x = _write(x, block.drop_path1(y), block.attn_writes)
+            y = block.ls1(block.attn(read_channels(block.norm1(x), block.attn_reads)))
+            x = write_channels(x, block.drop_path1(y), block.attn_writes)
         if select_between:
             x, scores = block._select(x, scores)
         if self._has_mlp and not whole:
             x = self._feed(x)
         elif block.mlp is not None and not whole:
-            y = block.ls2(block.mlp(_read(block.norm2(x), block.mlp_reads)))
-            x = _write(x, block.drop_path2(y), block.mlp_writes)
+            y = block.ls2(block.mlp(read_channels(block.norm2(x), block.mlp_reads)))
+            x = write_channels(x, block.drop_path2(y), block.mlp_writes)
         return (x, scores) if block.selects else x
 
 
@@ -222,7 +230,7 @@ class RaggedBlock(EagerBlockOnKernels, EagerBlock):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
     ) -> None:
-        scale = qk_dims[0] ** -0.5 if attn_scale is None and len(qk_dims) else attn_scale or 1.0
+        scale = scale_or_default(attn_scale, qk_dims)
         spec = one_block_spec(
             embed_dim,
             BlockSpec(qk_dims=tuple(qk_dims), v_dims=tuple(v_dims), attn_scale=scale, mlp_dim=mlp_dim),

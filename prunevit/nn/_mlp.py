@@ -8,21 +8,12 @@ import torch
 from timm.layers import GELUTanh, Mlp, QuickGELU
 from torch import Tensor, nn
 
-from ..models.block import ACTIVATIONS
+from ..models.block import ACTIVATIONS, act_of
 from ..spec import Act
 from ._attention import init_linears
 from ._module import DROPOUT, IDENTITY, LINEAR, KernelModule, Part, parts_refusal, tensors_refusal
 
 ACTS = (nn.GELU, GELUTanh, QuickGELU, nn.ReLU)
-
-
-def act_of(act: Any) -> Act:
-    """The kernels' name of an activation of ``ACTS``."""
-    if type(act) is nn.GELU:
-        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    if type(act) is GELUTanh:
-        return "gelu_tanh"
-    return "quick_gelu" if type(act) is QuickGELU else "relu"
 
 
 def mlp_refusal(mlp: Any, name: str) -> str | None:
@@ -59,8 +50,9 @@ class MlpOnKernels(KernelModule):
         reason = self.refusal(x)
         if reason is not None:
             self._tell(reason)
-            return super().forward(x)  # type: ignore[misc, no-any-return]
-        act = act_of(self.act)
+            return super().forward(x)  # type: ignore[no-any-return]
+        self_: Any = self
+        act = act_of(self_.act)
         y = torch.ops.prunevit.mlp(x.flatten(0, -2)[None], *self._tensors(), act, *self._how)
         return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 

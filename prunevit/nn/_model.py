@@ -19,6 +19,7 @@ from prunevit_kernels import Target
 from prunevit_kernels.library import packs, target_of
 
 from ..errors import CheckpointError, UnsupportedModel
+from ..models.block import act_of
 from ..models.from_timm import spec_of
 from ..models.tensors import check_shapes
 from ..models.vit import PrunedViT
@@ -27,7 +28,6 @@ from ..runtime.plan import make_plan
 from ..spec import ViTSpec
 from ._attention import heads_of
 from ._block import NORM, BlockOnKernels
-from ._mlp import act_of
 from ._module import DROPOUT, IDENTITY, LINEAR, KernelModule, Part, parts_refusal, tensors_refusal, untraced
 from ._snapshot import Known
 
@@ -63,7 +63,7 @@ class ModelOnKernels(KernelModule):
             found = self._whole(x, attn_mask, is_causal)
             if not isinstance(found, str):
                 return _run(x, *found, self.kernel_options.backend, self.kernel_options.check == "versions")
-        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
+        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
 
     def refusal(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
         """Why a call runs block by block, in which case each block says what it can; None if it runs as one plan."""

@@ -16,7 +16,7 @@ from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prunevit_kernels import BackendName
-from prunevit_kernels.library import cpu_extension_built
+from prunevit_kernels.target import BUILD_COMMAND, HALF, cpu_extension_built
 
 from ..errors import InputError, expect
 from ._snapshot import Known
@@ -25,9 +25,7 @@ Backend = BackendName | Literal["auto"]
 Check = Literal["contents", "versions"]
 
 CPU_KERNELS = cpu_extension_built()
-BUILD_COMMAND = "python setup.py build_ext --inplace"
 GRADIENTS = "gradients are on, and kernels have none (torch.no_grad or torch.inference_mode turns them off)"
-HALF = (torch.float16, torch.bfloat16)
 
 _tokens = itertools.count()
 _told: set[tuple[int, str]] = set()

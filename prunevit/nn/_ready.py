@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..models.block import act_of
 from ..spec import Act
 from ._attention import Heads, heads_of, widths_refusal
-from ._mlp import act_of
 from ._snapshot import Known, Snapshot
 
 _ATTENTION = ("norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias")

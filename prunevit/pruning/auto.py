@@ -30,7 +30,7 @@ from .groups import Kind, check_kinds, groups_of
 from .journal import Journal, Probe
 from .method import Job, Method, Scorer, evaluating
 from .plan import Plan
-from .recover import accuracy, recover
+from .recover import accuracy, recover_for
 from .scorers import SCORERS
 from .surgery import compact
 
@@ -79,8 +79,8 @@ class Auto(Method):
         expect(len(job.budget.limits) > 0, PruningError, "constraints that say where the search ends", got="none")
         if job.validation is None:
             raise PruningError("auto looks at accuracy: expected validation=held-out batches, got none")
-        if self.finetune_epochs and job.train is None:
-            raise PruningError("finetune_epochs: expected train=batches of (images, labels), got none")
+        if self.finetune_epochs:
+            job.training_data("finetune_epochs")
         return _Search(self, job).run()
 
 
@@ -163,10 +163,9 @@ class _Search:
         self.ratio[probe.part] = probe.ratio
         self.journal.add(replace(probe, committed=True))
         if self.options.finetune_epochs:
-            assert self.job.train is not None
             path = None if self.journal.path is None else self.journal.path.with_suffix(f".round{self.round}")
-            recipe = {**self.options.recipe, "epochs": self.options.finetune_epochs, "seed": self.job.seed}
-            recover(self.model, self.job.train, teacher=self.job.model, state=path, on_step=self.job.on_step, **recipe)
+            epochs = self.options.finetune_epochs
+            recover_for(self.job, self.model, self.options.recipe, epochs=epochs, state=path)
         self.round += 1
         return self._measure("start", 0.0, self.model)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeAlias
@@ -36,6 +36,16 @@ class Limit:
     def close(self, spec: ViTSpec) -> bool:
         return self.most - self.cost(spec) <= TOLERANCE * self.dense
 
+    def expect_reachable(self, floor: ViTSpec, units: str, remedy: str) -> None:
+        """Raise :class:`BudgetError` unless ``floor``, what is left when all units that may go have gone, meets it."""
+        if not self.met(floor):
+            least = self.cost(floor)
+            raise BudgetError(
+                f"{self.name}: expected at most {self.most:,.6g}, but the irreducible floor is {least:,.6g} "
+                f"({least / self.dense:.1%} of {self.dense:,.6g}) when every {units} that may go "
+                f"has gone: {remedy}"
+            )
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -65,13 +75,7 @@ class Budget:
         enough = bool(constraints) or shape is not None or ranking.pruning_ratio is not None
         expect(enough, PruningError, "constraints, a shape or a pruning_ratio that says how much goes", got="none")
         expect(not constraints or shape is None, PruningError, "constraints or a shape", got="both")
-        costs = dict(COSTS)
-        if isinstance(cost, Mapping):
-            costs |= cost
-        elif cost is not None:
-            others = [name for name in constraints if name not in COSTS]
-            expect(len(others) == 1, PruningError, "one constraint for the one cost, or costs by name", got=others)
-            costs[others[0]] = cost
+        costs = COSTS | costs_by_name(constraints, cost)
         # whoever measures takes seconds: no spec twice
         costs |= {name: cache(measure) for name, measure in costs.items() if name not in COSTS}
         for name in constraints:
@@ -145,15 +149,19 @@ class _Search:
 
     def expect_reachable(self) -> None:
         floor = self.drop(self.order).spec()
+        kinds = sorted({bundle.group.kind for bundle in self.order} | {g.kind for g in self.fixed})
+        remedy = "allow more groups, or less min_kept, max_pruning_ratio or ignored_layers"
         for limit in self.budget.limits:
-            least = limit.cost(floor)
-            if not limit.met(floor):
-                kinds = sorted({bundle.group.kind for bundle in self.order} | {g.kind for g in self.fixed})
-                raise BudgetError(
-                    f"{limit.name}: expected at most {limit.most:,.6g}, but the irreducible floor is {least:,.6g} "
-                    f"({least / limit.dense:.1%} of {limit.dense:,.6g}) when every {', '.join(kinds)} unit that may go "
-                    "has gone: allow more groups, or less min_kept, max_pruning_ratio or ignored_layers"
-                )
+            limit.expect_reachable(floor, f"{', '.join(kinds)} unit", remedy)
+
+
+def costs_by_name(constraints: Iterable[str], cost: Cost | Mapping[str, Cost] | None) -> dict[str, Cost]:
+    """``cost`` as a mapping: a single one belongs to the one constraint that is not counted here."""
+    if cost is None or isinstance(cost, Mapping):
+        return dict(cost or {})
+    others = sorted(set(constraints) - set(COSTS))
+    expect(len(others) == 1, PruningError, "one constraint for the one cost, or costs by name", got=others)
+    return {others[0]: cost}
 
 
 def _amount(name: str, value: str | float, dense: float) -> float:

@@ -11,7 +11,7 @@ from ..models import PrunedViT
 from .budget import Budget, Limit
 from .groups import Kind
 from .method import Job, Method
-from .recover import recover
+from .recover import recover_for
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,15 @@ class Sequential(Method):
         expect(self.rounds >= 1, PruningError, "at least one round", got=self.rounds)
         budget = job.budget
         expect(bool(budget.limits), PruningError, "constraints, to share among several prunings", got="none")
-        if self.recipe is not None and job.train is None:
-            raise PruningError("recovery between prunings: expected train=batches of (images, labels), got none")
+        if self.recipe is not None:
+            job.training_data("recovery between prunings")
         model, steps = job.model, [stage for _ in range(self.rounds) for stage in self.stages]
         for n, stage in enumerate(steps, start=1):
             limits = stage.limits or tuple(_part(limit, n / len(steps)) for limit in budget.limits)
             ranking = budget.ranking if stage.groups is None else replace(budget.ranking, groups=stage.groups)
             model = stage.method.prune(replace(job, model=model, budget=Budget(limits, ranking)))
-            if self.recipe is not None and job.train is not None:
-                options = {"seed": job.seed, "on_step": job.on_step, **self.recipe}
-                recover(model, job.train, teacher=job.model, **options)
+            if self.recipe is not None:
+                recover_for(job, model, self.recipe)
         return model
 
 

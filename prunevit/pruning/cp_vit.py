@@ -14,6 +14,7 @@ over images, in its own layer alone (the heads of two layers have nothing in com
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -49,9 +50,9 @@ class _TokenMethod(Method):
             return compact(job.model, plan)
         return compact(job.model, _smallest_ratio(job, plan_of))
 
+    @abstractmethod
     def planner(self, job: Job) -> Callable[[float], Plan]:
         """The plan for a ratio of what goes."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,7 @@ def _smallest_ratio(job: Job, plan_of: Callable[[float], Plan]) -> Plan:
     """Bisect the ratio, then give back what tokens a step of it took too many."""
     most = plan_of(1.0).spec()
     for limit in job.budget.limits:
-        if not limit.met(most):
-            least = limit.cost(most)
-            raise BudgetError(
-                f"{limit.name}: expected at most {limit.most:,.6g}, but the irreducible floor is {least:,.6g} "
-                f"({least / limit.dense:.1%} of dense) when every token and head that may go has gone: combine it with "
-                "another method"
-            )
+        limit.expect_reachable(most, "token and head", "combine it with another method")
     low, high = 0.0, 1.0
     if job.budget.met(plan_of(0.0).spec()):
         return plan_of(0.0)

@@ -30,7 +30,7 @@ from ..models import PrunedViT
 from .groups import Atoms, Group, Kind, groups_of
 from .method import Data, Job, Scorer, evaluating, images_of, reduce_square, watched_qkv
 from .plan import Plan
-from .recover import Step, recover
+from .recover import Step, recover_for
 from .surgery import compact
 
 _SOFT = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
@@ -84,10 +84,10 @@ class GOHSP(Scorer):
         return scores
 
     def prune(self, job: Job) -> PrunedViT:
+        if self.stages or self.finetune_epochs:
+            job.training_data("gohsp trains in its soft stages and after the cut")
         if not self.stages:
             return self._finetuned(super().prune(job), job)
-        if job.train is None:
-            raise PruningError("gohsp trains in its soft stages: expected train=batches of (images, labels), got none")
         kinds = job.budget.kinds(job.model.spec, self.groups)
         self.expect_supported(kinds)
         groups = groups_of(job.model.spec, kinds)
@@ -99,10 +99,7 @@ class GOHSP(Scorer):
 
     def _finetuned(self, small: PrunedViT, job: Job) -> PrunedViT:
         if self.finetune_epochs:
-            if job.train is None:
-                raise PruningError("finetune_epochs: expected train=batches of (images, labels), got none")
-            recipe = {**self.recipe, "epochs": self.finetune_epochs, "seed": job.seed}
-            recover(small, job.train, teacher=job.model, on_step=job.on_step, **recipe)
+            recover_for(job, small, self.recipe, epochs=self.finetune_epochs)
         return small
 
 
@@ -131,9 +128,7 @@ class SoftPruning:
             if self.job.on_step is not None:
                 self.job.on_step(step)
 
-        recipe = {**method.recipe, "epochs": epochs, "seed": self.job.seed}
-        assert self.job.train is not None
-        recover(self.model, self.job.train, teacher=self.job.model, penalty=self.penalty, on_step=after, **recipe)
+        recover_for(self.job, self.model, method.recipe, epochs=epochs, penalty=self.penalty, on_step=after)
 
     def penalty(self, model: nn.Module) -> Tensor:
         """ρ/2 ‖W − Z + U‖²"""
@@ -206,7 +201,8 @@ def stationary(s: Tensor, damping: float, tolerance: float = 1e-12, most: int = 
 
 def group_norms(weights: Mapping[str, Tensor], groups: Sequence[Group], model: PrunedViT) -> dict[Group, Tensor]:
     """The L2 norm of each neuron's or pair's own rows and columns."""
-    axes, squares = Atoms.of(model.spec).axes(), torch.zeros(Atoms.of(model.spec).total, dtype=torch.float64)
+    atoms = Atoms.of(model.spec)
+    axes, squares = atoms.axes(), torch.zeros(atoms.total, dtype=torch.float64)
     wanted = {
         "v": ("attn.proj.weight",),
         "qk": ("attn.qkv.weight",),
@@ -220,8 +216,7 @@ def group_norms(weights: Mapping[str, Tensor], groups: Sequence[Group], model: P
             for axis, ids in enumerate(axes[name]) if name.endswith(names) else ():
                 if ids is not None:
                     squares.index_add_(0, ids, reduce_square(weight, axis).cpu())
-        atoms = Atoms.of(model.spec)
         for group in groups:
             if group.kind == kind:
-                scores[group] = squares[atoms.in_group(group).start : atoms.in_group(group).stop].sqrt()
+                scores[group] = squares[atoms.in_group(group)].sqrt()
     return scores

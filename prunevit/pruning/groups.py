@@ -134,15 +134,17 @@ class Atoms:
             reads.append((take(attn_read), take(mlp_read)))
         return cls(spec, channel, tuple(qk), tuple(v), tuple(mlp), tuple(reads), at)
 
-    def in_group(self, group: Group) -> range:
+    def in_group(self, group: Group) -> slice:
         """The atoms of a group whose units are single atoms."""
         if group.kind == "channel":
-            return self.channel
-        if group.kind == "mlp":
-            return self.mlp[group.block]
-        if group.kind == "read":
-            return self.reads[group.block][".mlp." in group.layer]
-        return (self.qk if group.kind == "qk" else self.v)[group.block][group.head]
+            atoms = self.channel
+        elif group.kind == "mlp":
+            atoms = self.mlp[group.block]
+        elif group.kind == "read":
+            atoms = self.reads[group.block][".mlp." in group.layer]
+        else:
+            atoms = (self.qk if group.kind == "qk" else self.v)[group.block][group.head]
+        return slice(atoms.start, atoms.stop)
 
     def read_channels(self) -> tuple[Tensor, Tensor]:
         """The atoms of all reads, and the channel that each reads."""

@@ -38,7 +38,7 @@ class Magnitude(Scorer):
                 part = "attn" if ".attn." in group.layer else "mlp"
                 square = torch.stack([_square_of(model, f"blocks.{i}.{part}.") for i in group.blocks])
             else:
-                square = squares[atoms.in_group(group).start : atoms.in_group(group).stop]
+                square = squares[atoms.in_group(group)]
             scores[group] = square.sqrt()
         return scores
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import PruningError, expect
 from ..models import PrunedViT
-from ..models.block import Block, RaggedAttention
+from ..models.block import Block, RaggedAttention, read_channels, write_channels
 from ..models.from_timm import as_pruned
 from ..spec import TokenSelect
 from .plan import Plan, same_shape
@@ -31,9 +31,10 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     copy.load_state_dict(dense.state_dict())
     with torch.no_grad():
         _zero_dropped(copy, plan)
+        present = dict(copy.named_parameters())
         for name in norm_weights(plan):
-            if name in dict(copy.named_parameters()):
-                copy.get_parameter(name).mul_(plan.norm_gain)
+            if name in present:
+                present[name].mul_(plan.norm_gain)
     return _finish(copy, plan)
 
 
@@ -79,10 +80,11 @@ class TokenMaskedViT(nn.Module):
     def __init__(self, model: PrunedViT, plan: Plan) -> None:
         super().__init__()
         self.model = model
-        self.selects = [block.select for block in plan.spec().blocks]
+        spec = plan.spec()
+        assert spec.selection is not None
+        self.rule, self.cascade = spec.selection
+        self.selects = [block.select for block in spec.blocks]
         self.heads = [block.heads for block in plan.blocks]
-        self.cascade = any(select.cascade for select in self.selects if select is not None)
-        self.rule = next(select.rule for select in self.selects if select is not None)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.model._embed(images)
@@ -93,13 +95,14 @@ class TokenMaskedViT(nn.Module):
             if select is not None and select.before == "attn":
                 x, alive, scores = self.drop(select, x, alive, scores)
             if block.attn is not None:
-                y, latest = self.attend(block.attn, _columns(block.norm1(x), block.attn_reads), alive, heads)
+                y, latest = self.attend(block.attn, read_channels(block.norm1(x), block.attn_reads), alive, heads)
                 scores = scores if latest is None else latest + scores if self.cascade else latest
-                x = _added(x, block.ls1(y), block.attn_writes)
+                x = write_channels(x, block.ls1(y), block.attn_writes)
             if select is not None and select.before == "mlp":
                 x, alive, scores = self.drop(select, x, alive, scores)
             if block.mlp is not None:
-                x = _added(x, block.ls2(block.mlp(_columns(block.norm2(x), block.mlp_reads))), block.mlp_writes)
+                y = block.mlp(read_channels(block.norm2(x), block.mlp_reads))
+                x = write_channels(x, block.ls2(y), block.mlp_writes)
         tokens = self.model.norm(x)
         # every image keeps as many: the head pools over those alone
         logits: Tensor = self.model.forward_head(tokens[alive].view(len(x), -1, x.shape[-1]))
@@ -178,21 +181,10 @@ def _zero_dropped(model: PrunedViT, plan: Plan) -> None:
 
 
 def _finish(model: PrunedViT, plan: Plan) -> nn.Module:
-    channels = torch.tensor(plan.channels)
+    channels, modules = torch.tensor(plan.channels), dict(model.named_modules())
     for name in norm_weights(plan) if len(channels) < plan.dense.embed_dim else ():
-        path, norm = name.removesuffix(".weight"), None
-        if name in dict(model.named_parameters()):
-            norm = model.get_submodule(path)
-        if isinstance(norm, nn.LayerNorm):
+        path = name.removesuffix(".weight")
+        if isinstance(norm := modules.get(path), nn.LayerNorm):
             model.set_submodule(path, MaskedLayerNorm(norm, channels))
     model.eval()
-    selects = any(block.select is not None for block in plan.spec().blocks)
-    return TokenMaskedViT(model, plan).eval() if selects else model
-
-
-def _columns(x: Tensor, channels: Tensor | None) -> Tensor:
-    return x if channels is None else x[..., channels]
-
-
-def _added(x: Tensor, y: Tensor, channels: Tensor | None) -> Tensor:
-    return x + y if channels is None else x.index_add(-1, channels, y)
+    return model if plan.spec().selection is None else TokenMaskedViT(model, plan).eval()

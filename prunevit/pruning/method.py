@@ -30,8 +30,8 @@ Batches: TypeAlias = Iterable[Sequence[Tensor]]
 class Job:
     """One pruning: the model (left as it is), how much goes, what to measure on, and the seed of all chance.
 
-    ``data`` is for scores; ``train`` for methods that train, ``validation`` for those that look at accuracy.
-    ``on_step`` is called with each training step, whichever training it is of.
+    ``data`` is for scores; ``train`` for methods that train, ``validation`` for those that look at accuracy. A recipe's
+    own seed goes before ``seed``. ``on_step`` is called with each training step, whichever training it is of.
     """
 
     model: PrunedViT
@@ -41,6 +41,12 @@ class Job:
     train: Batches | None = None
     validation: Batches | None = None
     on_step: Callable[[Step], None] | None = None
+
+    def training_data(self, of: str) -> Batches:
+        """``train``, for what ``of`` says. Raises :class:`PruningError` where there is none."""
+        if self.train is None:
+            raise PruningError(f"{of}: expected train=batches of (images, labels), got none")
+        return self.train
 
 
 class Method(ABC):

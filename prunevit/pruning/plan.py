@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from .._frozen import Document, Frozen
 from ..errors import PruningError, expect
 from ..spec import BlockSpec, TokenSelect, ViTSpec
 from .groups import Atoms, Group
@@ -19,11 +19,7 @@ Index = Annotated[int, Field(ge=0, lt=2**18)]
 Indices = Annotated[tuple[Index, ...], Field(max_length=2**18)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class BlockPlan(_Frozen):
+class BlockPlan(Frozen):
     """What is kept of one block. ``qk`` and ``v`` have one entry a kept head, with indices inside that head.
 
     A block that keeps no head (no neuron) is emptied: its output bias stays. One whose ``has_attn`` (``has_mlp``) is
@@ -42,12 +38,15 @@ class BlockPlan(_Frozen):
     select: TokenSelect | None = None
 
 
-class Plan(_Frozen):
+class Plan(Document):
     """Kept indices of a dense spec. ``norm_gain`` multiplies every LayerNorm weight of the residual stream.
 
     Over the kept channels alone the variance of the stream grows by about E/E′, so that √(E/E′) restores what the
     readers saw; it is a field so that plans compose exactly.
     """
+
+    kind = "plan"
+    error = PruningError
 
     format_version: Literal[1] = 1
     dense: ViTSpec
@@ -193,7 +192,7 @@ class Plan(_Frozen):
                 )
             )
         gain = (dense.embed_dim / len(channels)) ** 0.5 if rescale_norms and channels else 1.0
-        return cls._make(dense=dense, channels=channels, norm_gain=gain, blocks=tuple(blocks))
+        return cls.checked(dense=dense, channels=channels, norm_gain=gain, blocks=tuple(blocks))
 
     def with_selection(self, selects: Sequence[TokenSelect | None]) -> Plan:
         """The same plan with token reductions, one entry a block."""
@@ -202,7 +201,7 @@ class Plan(_Frozen):
             BlockPlan(**{**dict(block), "select": select or block.select})
             for block, select in zip(self.blocks, selects)
         )
-        return self._make(**{**dict(self), "blocks": blocks})
+        return self.checked(**{**dict(self), "blocks": blocks})
 
     def then(self, inner: Plan) -> Plan:
         """The plan that does this one and then ``inner``, a plan of the model that this one leaves."""
@@ -227,7 +226,7 @@ class Plan(_Frozen):
                     select=second.select or outer.select,
                 )
             )
-        return self._make(
+        return self.checked(
             dense=self.dense,
             channels=_pick(self.channels, inner.channels),
             norm_gain=self.norm_gain * inner.norm_gain,
@@ -247,34 +246,6 @@ class Plan(_Frozen):
         from .mask import lifted
 
         return lifted(compact, self)
-
-    # -- in and out --------------------------------------------------------------------------------------------------
-
-    def to_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = self.model_dump(mode="json")
-        return data
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """Read untrusted data. Raises :class:`PruningError` with the path of each wrong field and why."""
-        try:
-            text = json.dumps(data)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise PruningError(f"invalid plan: expected plain JSON values, got {error}") from None
-        return cls._named(lambda: cls.model_validate_json(text))
-
-    @classmethod
-    def _make(cls, **fields: Any) -> Plan:
-        return cls._named(lambda: cls(**fields))
-
-    @classmethod
-    def _named(cls, make: Any) -> Plan:
-        try:
-            plan: Plan = make()
-        except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc'])) or 'plan'}: {e['msg']}" for e in error.errors()[:5]]
-            raise PruningError("invalid plan: " + "; ".join(lines)) from None
-        return plan
 
 
 def same_shape(a: ViTSpec, b: ViTSpec) -> bool:

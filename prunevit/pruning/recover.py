@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CheckpointError, PruningError, expect
 from .dealing import Dealer
-from .method import Batches, evaluating
+from .method import Batches, Job, evaluating
 from .recipe import Loss, Recipe, Student
 from .training_state import read_facts, read_state, write_state
 
@@ -68,8 +68,14 @@ def recover(
     """
     run = _Run(model, data, teacher, validation, Recipe.of(recipe), None if state is None else Path(state))
     run.penalty, run.on_step = penalty, on_step
-    with _own_chance(run.device), evaluating(teacher) if teacher is not None else _nothing():
+    with _own_chance(run.device), nullcontext() if teacher is None else evaluating(teacher):
         return run.train()
+
+
+def recover_for(job: Job, model: nn.Module, recipe: Mapping[str, Any], **more: Any) -> History:
+    """:func:`recover` ``model`` from the job's own one; the recipe's seed goes before the job's."""
+    options = {"on_step": job.on_step, "seed": job.seed, **recipe, **more}
+    return recover(model, job.training_data("recovery"), teacher=job.model, **options)
 
 
 def accuracy(model: nn.Module, data: Batches) -> float:
@@ -123,7 +129,7 @@ class _Run:
             raise PruningError(f"expected {what}, got {recipe.opt} and {recipe.sched}: {error}") from None
         amp = self.device.type == "cuda" if recipe.amp is None else recipe.amp
         self.autocast = torch.autocast(self.device.type, getattr(torch, recipe.amp_dtype), enabled=amp)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and recipe.amp_dtype == "float16")  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and recipe.amp_dtype == "float16")
         self.ema = None if recipe.ema_decay is None else ModelEmaV3(model, decay=recipe.ema_decay)
         self.mix: Any = None
         if recipe.mixup or recipe.cutmix:
@@ -158,7 +164,7 @@ class _Run:
                 group = min(self.recipe.accumulate, self.dealer.batches - at)
             images, target = images.to(self.device), labels.to(self.device)
             if self.mix is not None:
-                images, target = self.mix(images, target)
+                images, target = self.mix(images.clone(), target)  # it mixes in place, and the images are the caller's
             with self.autocast:
                 output = self.student(images)
                 loss = self.loss(output, images, target)
@@ -218,7 +224,7 @@ class _Run:
                 f"{self.state} to be of this run, {name} {value}",
                 got=facts.get(name),
             )
-        read_state(self.state, self._modules(), self.optimizer)
+        read_state(self.state, facts, self._modules(), self.optimizer)
         self.history, self.step = facts["history"], facts["step"]
         self.scaler.load_state_dict(facts["scaler"])
 
@@ -246,8 +252,3 @@ def _own_chance(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

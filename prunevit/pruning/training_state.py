@@ -48,9 +48,8 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def read_state(path: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer) -> dict[str, Any]:
-    """Load tensors into modules and optimiser, and return the facts. Raises :class:`CheckpointError`."""
-    facts = read_facts(path)
+def read_state(path: Path, facts: Mapping[str, Any], modules: Mapping[str, nn.Module], optimizer: Optimizer) -> None:
+    """Load tensors into modules and optimiser; ``facts`` are those of the file. Raises :class:`CheckpointError`."""
     state: dict[int, dict[str, Any]] = {}
     parts: dict[str, dict[str, Tensor]] = {key: {} for key in modules}
     with safe_open(path, "pt") as file:
@@ -67,4 +66,3 @@ def read_state(path: Path, modules: Mapping[str, nn.Module], optimizer: Optimize
     for key, module in modules.items():
         module.load_state_dict(parts[key])
     optimizer.load_state_dict({"state": state, "param_groups": facts["optimizer"]["groups"]})
-    return facts

@@ -5,25 +5,18 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from prunevit_kernels import BACKENDS, BackendName, ContractError, Target
+from prunevit_kernels.target import BUILD_COMMAND, HALF, cpu_extension_built
 
 from ..errors import CheckpointError, InputError, UntunedMachine, expect
 from ..machine import cores
 
 logger = logging.getLogger("prunevit")
-
-BUILD_COMMAND = "python setup.py build_ext --inplace"
-
-
-def cpu_extension_built() -> bool:
-    """Are the C++ kernels there?"""
-    return find_spec("prunevit_kernels._cpu") is not None
 
 
 def choose_target(
@@ -84,7 +77,7 @@ def tuned(target: Target, file: Path | None) -> Target:
 
 
 def _automatic(device: torch.device, dtype: torch.dtype | None) -> BackendName:
-    if device.type == "cuda" and dtype in (None, torch.float16, torch.bfloat16):
+    if device.type == "cuda" and dtype in (None, *HALF):
         return "cuda"
     if device.type != "cpu" or dtype not in (None, torch.float32):
         return "torch"

@@ -13,8 +13,7 @@ import torch
 
 from prunevit_kernels import Target
 from prunevit_kernels.cpu import extension
-
-from .backend import cpu_extension_built
+from prunevit_kernels.target import cpu_extension_built
 
 CACHED, FROM_MEMORY = 2**18, 2**26  # bytes a thread that an L2 cache holds, bytes in all that no cache does
 

@@ -56,7 +56,8 @@ class Walk(ABC):
     @property
     def selection_rule(self) -> tuple[Rule, bool]:
         """The one rule, and whether it cascades, of all of the model's selections (the spec holds them to one)."""
-        return next((b.select.rule, b.select.cascade) for b in self.spec.blocks if b.select is not None)
+        assert self.spec.selection is not None, "asked for only where tokens are scored"
+        return self.spec.selection
 
     def _select(self, index: int, select: TokenSelect | None, before: str) -> None:
         if select is None or select.before != before or self.first is not None:

@@ -22,8 +22,8 @@ from prunevit_kernels import (
     TokenScores,
 )
 from prunevit_kernels.cpu import extension
+from prunevit_kernels.target import BUILD_COMMAND, cpu_extension_built
 
-from .backend import BUILD_COMMAND, cpu_extension_built
 from .latent_pool import LatentPool
 from .waste import LANES, cpu_macs, cuda_macs
 

@@ -296,7 +296,6 @@ def test_budgets_are_shares_or_numbers(name: str, text: str, value: object) -> N
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_finetune_under_torchrun(call: Call, prune: Any, tmp_path: Path) -> None:
     """Two processes on the CPU average their gradients: one speaks, one checkpoint is written, and it has learnt."""
     prune("--method", "magnitude", "--macs", "80%")

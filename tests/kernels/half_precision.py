@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,21 +71,15 @@ def reference_on(op: Op, case: Case, inputs: list[Tensor], dtype: torch.dtype) -
     return [tensor.double() for tensor, buffer in zip(buffers, case.buffers) if buffer.role != "read"]
 
 
-def rounded(op: Op, dtype: torch.dtype) -> Op:
+def changed(op: Op, change: Callable[[Tensor], Tensor]) -> Any:
+    """The op with each of its tensors changed."""
+    fields = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
+    return dataclasses.replace(op, **{k: change(v) for k, v in fields.items() if isinstance(v, Tensor)})
+
+
+def rounded(op: Op, dtype: torch.dtype) -> Any:
     """The op with its weights rounded to ``dtype``, in fp64."""
-    fields = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
-    weights = {k: v.to(dtype).double() for k, v in fields.items() if isinstance(v, Tensor)}
-    return dataclasses.replace(op, **weights)
-
-
-def on(device: torch.device, op: Op) -> Op:
-    fields = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
-    return dataclasses.replace(op, **{k: v.to(device) for k, v in fields.items() if isinstance(v, Tensor)})
-
-
-def eager_of(op: Op, dtype: torch.dtype) -> Op:
-    fields = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
-    return dataclasses.replace(op, **{k: v.to(dtype) for k, v in fields.items() if isinstance(v, Tensor)})
+    return changed(op, lambda weight: weight.to(dtype).double())
 
 
 def assert_as_good_as_eager(
@@ -124,9 +118,12 @@ def check(
         assert same_bits(storage, saved), "bind wrote to a buffer"
     run(launch)
 
-    inputs = [values.to(target.device) for values in inputs]
-    truths = reference_on(on(target.device, rounded(case.op, target.dtype)), case, inputs, torch.float64)
-    eagers = reference_on(on(target.device, eager_of(case.op, target.dtype)), case, inputs, target.dtype)
+    def there(tensor: Tensor) -> Tensor:
+        return tensor.to(target.device)
+
+    inputs = list(map(there, inputs))
+    truths = reference_on(changed(rounded(case.op, target.dtype), there), case, inputs, torch.float64)
+    eagers = reference_on(changed(case.op, lambda w: w.to(target.device, target.dtype)), case, inputs, target.dtype)
     written = [view for view, buffer in zip(views, case.buffers) if buffer.role != "read"]
     for view, eager, truth in zip(written, eagers, truths):
         assert_as_good_as_eager(view.double(), eager, truth, target.dtype, units)

@@ -94,7 +94,6 @@ def test_a_constant_joins_the_stem(pre_norm: bool) -> None:
     images, constant = single(2, 3, 4, 4), single(6)
 
     def run(op: PatchEmbed) -> torch.Tensor:
-        pair = None if op.pre_norm is None else tuple(op.pre_norm)
-        return patch_embed(images, op.weight, op.bias, op.positions, op.prefix, op.eps, None, pair)  # type: ignore[arg-type]
+        return patch_embed(images, op.weight, op.bias, op.positions, op.prefix, op.eps, None, op.pre_norm)
 
     torch.testing.assert_close(run(add_constant(stem, constant)), run(stem) + constant)

@@ -12,10 +12,11 @@ from torch.library import opcheck
 
 from prunevit_kernels import ContractError, HeadTable, Target
 from prunevit_kernels.fused_mlp import fused_mlp
-from prunevit_kernels.library import cpu_extension_built, packs
+from prunevit_kernels.library import packs
 from prunevit_kernels.linear_residual import linear_residual
 from prunevit_kernels.norm_linear import norm_linear
 from prunevit_kernels.ragged_attention import ragged_attention
+from prunevit_kernels.target import cpu_extension_built
 
 ops = torch.ops.prunevit
 BACKENDS = ["torch", *(["cpu"] if cpu_extension_built() else [])]

@@ -85,6 +85,11 @@ def test_exact_where_it_matters() -> None:
     assert apply("gelu", torch.zeros(1)).item() == 0
 
 
+def test_an_unknown_function_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a function's name, got geluu"):
+        apply("geluu", torch.zeros(1))
+
+
 def test_small_inputs_keep_their_relative_accuracy() -> None:
     x = torch.logspace(-30, -2, 1000)
     got, want = apply("gelu", x).double(), x.double() * phi(x.double())

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunevit_kernels import ContractError, Pool, PoolHead
+from prunevit_kernels import ContractError, Pool, PoolHead, Target
 from prunevit_kernels.pool_head import pool_head
 from tests.kernels.half_precision_cases import pool_head as make
 from tests.kernels.single_precision import CPU, cases, drawn, run, run_drawn
@@ -39,8 +39,14 @@ def test_the_reference_leaves_prefix_tokens_out_of_a_mean() -> None:
     torch.testing.assert_close(pool_head(x, "avg", 2, 1e-6, weight=weight), x[:, 2:].mean(1) @ weight.T)
 
 
-def test_pooling_no_token_is_refused() -> None:
-    packed = PoolHead(3, "avg", 5, 1e-6).pack(CPU)
-    with pytest.raises(ValueError, match="at least one token to pool"):
-        packed.bind(torch.randn(2, 5, 3), torch.zeros(2, 3))
-    assert issubclass(ContractError, ValueError)
+@pytest.mark.parametrize("target", [CPU, Target("torch")], ids=["cpu", "torch"])
+@pytest.mark.parametrize(
+    ("pool", "prefix", "n", "width", "refusal"),
+    [("avg", 5, 5, 3, "at least one token to pool"), ("tokens", 0, 1, 6, "two tokens to pool")],
+)
+def test_pooling_too_few_tokens_is_refused(
+    target: Target, pool: Pool, prefix: int, n: int, width: int, refusal: str
+) -> None:
+    packed = PoolHead(3, pool, prefix, 1e-6).pack(target)
+    with pytest.raises(ContractError, match=refusal):
+        packed.bind(torch.randn(2, n, 3), torch.zeros(2, width))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunevit_kernels import HeadTable, Rule
+from prunevit_kernels import ContractError, HeadTable, Rule, TokenScores
 from prunevit_kernels.token_scores import token_scores
 from tests.kernels.half_precision import scores_case as make
 from tests.kernels.single_precision import cases, drawn, run, run_drawn
@@ -30,6 +30,11 @@ def test_cpu(name: str) -> None:
 )
 def test_cpu_on_drawn_shapes(qk: list[int], b: int, n: int, rule: Rule, add: bool) -> None:
     run_drawn(make(qk, b, n, rule, add))
+
+
+def test_no_heads_is_refused() -> None:
+    with pytest.raises(ContractError, match="at least one head"):
+        TokenScores(HeadTable.packed([], []), "max_attention")
 
 
 def test_the_reference_reads_scores_off_the_attention_maps() -> None:

@@ -252,3 +252,13 @@ def test_another_architecture_is_refused_by_class(name: str) -> None:
 def test_a_prr_pool_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="attn_pool is AttentionPoolPrr"):
         from_timm(tiny("vit_tiny_patch16_224", global_pool="prr"))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_scale_is_what_the_model_computes_with(fused: bool) -> None:
+    """timm's fused attention leaves the scale to PyTorch, whatever its own attribute says."""
+    model: Any = tiny("vit_tiny_patch16_224")
+    for block in model.blocks:
+        block.attn.fused_attn, block.attn.scale = fused, 0.1
+    x = images(model)
+    torch.testing.assert_close(from_timm(model)(x), model(x))

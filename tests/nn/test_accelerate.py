@@ -13,7 +13,7 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from prunevit.errors import InputError, UnsupportedModel
-from prunevit.nn import KernelModule, accelerate, restore
+from prunevit.nn import KernelModule, RaggedAttention, RaggedBlock, accelerate, restore
 from prunevit.nn._module import CPU_KERNELS, GRADIENTS
 from prunevit_kernels.library import packs
 from tests.nn.models import check_model, images, randomise, tiny
@@ -303,3 +303,12 @@ def test_one_test_needs_the_kernels() -> None:
     eager = tiny()
     check_model(accelerated(eager), eager, images(eager))
     assert packs.made == made + 1
+
+
+def test_a_scale_of_zero_is_refused_and_not_taken_for_none() -> None:
+    with pytest.raises(ValueError, match="attn_scale"):
+        RaggedBlock(8, [4], [4], 8, attn_scale=0.0)
+    with pytest.raises(ValueError, match="attn_scale"):
+        RaggedAttention(8, [4], [4], scale=0.0)
+    assert RaggedBlock(8, [4], [4], 8).attn.scale == 0.5
+    assert RaggedBlock(8, [], [], 8).attn.qkv is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -43,6 +45,24 @@ def test_rounds_share_the_way_and_recover_in_between() -> None:
     plan = Plan.from_dict(small.plan)
     torch.testing.assert_close(plan.lift(small)(IMAGES), small(IMAGES), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plan.mask(MODEL)(IMAGES), small(IMAGES), rtol=1e-2), "it was trained"
+
+
+@pytest.mark.parametrize(
+    ("method", "recipe", "options"),
+    [
+        ("magnitude", "recovery", {}),
+        ("gohsp", "recipe", {"finetune_epochs": 1}),
+        ("gohsp", "recipe", {"stages": 1}),
+        ("auto", "recipe", {"finetune_epochs": 1, "scorer": "magnitude", "tau": 1.0, "validation": DATA}),
+    ],
+)
+def test_the_seed_of_a_recipe_goes_before_the_methods(method: str, recipe: str, options: dict[str, object]) -> None:
+    def trained(of_job: int, **seeds: int) -> torch.Tensor:
+        how: Any = options | {recipe: {"lr": 1e-2, "mixup": 0.8, **seeds}}
+        return prune(MODEL, method, {"macs": "80%"}, DATA, train=DATA, seed=of_job, **how).head.weight
+
+    assert torch.equal(trained(0, seed=1), trained(1))
+    assert not torch.equal(trained(0), trained(1))
 
 
 def test_options_go_to_the_methods_that_have_them() -> None:

@@ -68,6 +68,14 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_callers_chance() ->
     assert not torch.equal(weights(models[0]), weights(models[2]))
 
 
+@pytest.mark.parametrize("recipe", [{"mixup": 0.8}, {"cutmix": 1.0}], ids=str)
+def test_mixing_leaves_the_callers_images(recipe: dict[str, float]) -> None:
+    data = list(problem())
+    before = [images.clone() for images, _ in data]
+    recover(fresh(), data, epochs=2, **recipe)
+    assert all(torch.equal(images, kept) for (images, _), kept in zip(data, before, strict=True))
+
+
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -262,7 +270,6 @@ def stop(step: Step) -> None:
         raise Interrupted
 
 
-@pytest.mark.slow
 def test_two_processes_under_torchrun_are_one_larger_batch(tmp_path: Path) -> None:
     for name in ("ant", "bee"):
         (tmp_path / "images" / "train" / name).mkdir(parents=True)

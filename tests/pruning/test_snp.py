@@ -161,7 +161,6 @@ def test_heads_need_another_method() -> None:
         prune(random_model(SPECS["uniform"]), "snp", {"macs": "70%"}, groups=("head",))
 
 
-@pytest.mark.slow
 def test_a_vit_small_is_scored_on_64_images_within_a_minute() -> None:
     model = PrunedViT(shapes.get("deit_small")).eval()
     images = [random_images(model.spec, 16, seed=i) for i in range(4)]

@@ -18,9 +18,9 @@ from rich.console import Console
 
 from prunevit.errors import InputError
 from prunevit.runtime import Runtime
-from prunevit.runtime.backend import cpu_extension_built
 from prunevit.runtime.explain import Explanation
 from prunevit.runtime.waste import LANES
+from prunevit_kernels.target import cpu_extension_built
 from tests.specs import SPECS, block, random_images, random_model, vit
 
 BACKENDS = ["torch", "cpu"]
@@ -217,7 +217,6 @@ def test_page_escapes_names() -> None:
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1200], ids=["phone", "desktop"])
 def test_page_fits_in_a_browser(width: int, tmp_path: Path) -> None:
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)

@@ -81,24 +81,9 @@ struct FusedMlpStep final : Step {
 
   void add_chunk(int chunk, const float* hidden, int rows, float* sums, float* x) const {
     const Linear& l = *op.fc2;
-    const bool last = chunk + 1 == l.blocks, scatter = last && l.writes != nullptr;
-    for (int p = 0; p < l.panels; ++p) {
-      const int column = panel_column(l, p);
-      Dest dest = {Into::scratch, sums + column, out_pitch(), chunk == 0 ? nullptr : sums + column, out_pitch(),
-                   l.bias + column, l.gamma + column, l.out - column, nullptr};
-      if (scatter) {
-        dest.into = Into::linear;
-        dest.cols = widest;
-      } else if (last) {
-        dest.into = Into::residual;
-        dest.c = x + column;
-        dest.ldc = op.x.pitch;
-        dest.next_c = p + 1 < l.panels ? dest.c + panel * lanes : nullptr;
-      }
-      multiply_panel(hidden, chunk_pitch(), rows, l.weight + panel_weight(l, chunk, p), panel_vectors(l, p),
-                     l.k_start[chunk + 1] - l.k_start[chunk], next_panel(l, chunk, p), dest);
-      if (scatter) scatter_panel(l, p, sums + column, out_pitch(), rows, x, op.x.pitch);
-    }
+    for (int p = 0; p < l.panels; ++p)
+      panel_block(l, chunk, p, hidden, chunk_pitch(), rows, Into::residual, residual_start(l, p, x), op.x.pitch,
+                  sums + panel_column(l, p), out_pitch());
   }
 
   void by_columns(Pool& pool) const {

@@ -63,6 +63,14 @@ TileFunction tile_of(int m) {
   }
 }
 
+// Add gamma times `from` (rows x widest, panel p's results with bias) to the channels that the linear writes.
+void scatter_panel(const Linear& l, int p, const float* from, int64_t pitch, int rows, float* c, int64_t ldc) {
+  const int column = panel_column(l, p);
+  const int cols = l.out - column < panel_vectors(l, p) * lanes ? l.out - column : panel_vectors(l, p) * lanes;
+  for (int r = 0; r < rows; ++r)
+    for (int i = 0; i < cols; ++i) c[r * ldc + l.writes[column + i]] += l.gamma[column + i] * from[r * pitch + i];
+}
+
 }  // namespace
 
 void multiply_panel(const float* a, int64_t lda, int rows, const float* b, int vectors, int k, const float* next,
@@ -88,34 +96,30 @@ void multiply_panel(const float* a, int64_t lda, int rows, const float* b, int v
   }
 }
 
-void linear_panel(const Linear& l, int p, const float* a, int64_t lda, int rows, Into into, float* c, int64_t ldc,
-                  float* part) {
-  const int vectors = panel_vectors(l, p), column = panel_column(l, p);
-  for (int block = 0; block < l.blocks; ++block) {
-    const bool last = block + 1 == l.blocks, scatter = last && l.writes != nullptr;
-    const int k = l.k_start[block + 1] - l.k_start[block];
-    Dest dest = {Into::scratch, part, widest, block == 0 ? nullptr : part, widest, l.bias + column, l.gamma + column,
-                 l.out - column, nullptr};
-    if (scatter) {
-      dest.into = Into::linear;
-      dest.cols = widest;
-    } else if (last) {
-      dest.into = into;
-      dest.c = c;
-      dest.ldc = ldc;
-      dest.next_c = p + 1 < l.panels ? c + panel * lanes : nullptr;
-    }
-    multiply_panel(a + l.k_start[block], lda, rows, l.weight + panel_weight(l, block, p), vectors, k,
-                   next_panel(l, block, p), dest);
-    if (scatter) scatter_panel(l, p, part, widest, rows, c, ldc);
+void panel_block(const Linear& l, int block, int p, const float* a, int64_t lda, int rows, Into into, float* c,
+                 int64_t ldc, float* part, int64_t ldpart) {
+  const int column = panel_column(l, p);
+  const bool last = block + 1 == l.blocks, scatter = last && l.writes != nullptr;
+  Dest dest = {Into::scratch, part, ldpart, block == 0 ? nullptr : part, ldpart, l.bias + column, l.gamma + column,
+               l.out - column, nullptr};
+  if (scatter) {
+    dest.into = Into::linear;
+    dest.cols = widest;
+  } else if (last) {
+    dest.into = into;
+    dest.c = c;
+    dest.ldc = ldc;
+    dest.next_c = p + 1 < l.panels ? c + panel * lanes : nullptr;
   }
+  multiply_panel(a, lda, rows, l.weight + panel_weight(l, block, p), panel_vectors(l, p),
+                 l.k_start[block + 1] - l.k_start[block], next_panel(l, block, p), dest);
+  if (scatter) scatter_panel(l, p, part, ldpart, rows, c, ldc);
 }
 
-void scatter_panel(const Linear& l, int p, const float* from, int64_t pitch, int rows, float* c, int64_t ldc) {
-  const int column = panel_column(l, p);
-  const int cols = l.out - column < panel_vectors(l, p) * lanes ? l.out - column : panel_vectors(l, p) * lanes;
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < cols; ++i) c[r * ldc + l.writes[column + i]] += l.gamma[column + i] * from[r * pitch + i];
+void linear_panel(const Linear& l, int p, const float* a, int64_t lda, int rows, Into into, float* c, int64_t ldc,
+                  float* part) {
+  for (int block = 0; block < l.blocks; ++block)
+    panel_block(l, block, p, a + l.k_start[block], lda, rows, into, c, ldc, part, widest);
 }
 
 }  // namespace PRUNEVIT_ISA

@@ -64,13 +64,15 @@ INLINE float* residual_start(const Linear& l, int p, float* row) {
 
 enum { widest = max_vectors * lanes };
 
-// One panel over all k, into linear or residual. c is where the panel's first column goes; with linear.writes it is the
-// row's first column, and results are added to the channels named there. `part`: scratch of rows x widest floats.
+// One panel over one block of k: `a` has the block's inputs, `part` (rows x widest floats) the sums of those before.
+// The last block goes into linear or residual. c is where the panel's first column goes; with linear.writes it is the
+// row's first column, and results are added to the channels named there.
+void panel_block(const Linear& linear, int block, int p, const float* a, int64_t lda, int rows, Into into, float* c,
+                 int64_t ldc, float* part, int64_t ldpart);
+
+// The same over all k, with all inputs in `a`.
 void linear_panel(const Linear& linear, int p, const float* a, int64_t lda, int rows, Into into, float* c, int64_t ldc,
                   float* part);
-
-// Add gamma times `from` (rows x widest, panel p's results with bias) to the channels that the linear writes.
-void scatter_panel(const Linear& linear, int p, const float* from, int64_t pitch, int rows, float* c, int64_t ldc);
 
 }  // namespace PRUNEVIT_ISA
 }  // namespace prunevit

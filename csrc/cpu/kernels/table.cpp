@@ -17,20 +17,26 @@ const Kernels& table();
 
 namespace {
 
-vf evaluate(const char* name, vf x) {
-  if (strcmp(name, "exp2") == 0) return exp2(x);
-  if (strcmp(name, "sigmoid2") == 0) return sigmoid2(x);
-  if (strcmp(name, "gelu") == 0) return gelu(x);
-  if (strcmp(name, "gelu_tanh") == 0) return gelu_tanh(x);
-  if (strcmp(name, "quick_gelu") == 0) return quick_gelu(x);
-  return relu(x);
+using Function = vf (*)(vf);
+
+Function named(const char* name) {
+  if (strcmp(name, "exp2") == 0) return exp2;
+  if (strcmp(name, "sigmoid2") == 0) return sigmoid2;
+  if (strcmp(name, "gelu") == 0) return gelu;
+  if (strcmp(name, "gelu_tanh") == 0) return gelu_tanh;
+  if (strcmp(name, "quick_gelu") == 0) return quick_gelu;
+  if (strcmp(name, "relu") == 0) return relu;
+  return nullptr;
 }
 
-void apply(const char* name, const float* x, float* y, int64_t count) {
+bool apply(const char* name, const float* x, float* y, int64_t count) {
+  const Function function = named(name);
+  if (function == nullptr) return false;
   for (int64_t i = 0; i < count; i += lanes) {
     const int n = count - i < lanes ? (int)(count - i) : (int)lanes;
-    store_first(y + i, evaluate(name, load_first(x + i, n)), n);
+    store_first(y + i, function(load_first(x + i, n)), n);
   }
+  return true;
 }
 
 enum { chains = 12, steps = 64 };

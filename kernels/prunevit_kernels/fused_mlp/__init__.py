@@ -6,15 +6,14 @@ activations [B, N, F] never reach main memory. The norm's own weight and bias ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from .._expect import expect, expect_buffer, expect_channels, expect_linear, expect_vector
 from ..op import Op
-from ..target import BackendName, Target
+from ..target import PackedOp, Target
 from .reference import fused_mlp
 
 __all__ = ["Activation", "FusedMlp", "fused_mlp"]
@@ -25,8 +24,6 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
 @dataclass(frozen=True, eq=False)
 class FusedMlp(Op):
     """w1 [F, E or len(reads)], b1 [F], w2 [E or len(writes), F], b2 and gamma [E or len(writes)]; F ≥ 1; fp32."""
-
-    implementations: ClassVar[Mapping[BackendName, str]] = {"cpu": "_native", "cuda": "_cuda"}
 
     embed_dim: int
     w1: Tensor
@@ -53,6 +50,14 @@ class FusedMlp(Op):
 
     def check(self, target: Target, x: Tensor) -> None:
         expect_buffer("x", x, (None, None, self.embed_dim), target)
+
+    def pack(self, target: Target) -> PackedOp:
+        """On a GPU there are several kernels to choose from, Triton's among them."""
+        if target.backend != "cuda":
+            return super().pack(target)
+        from ._cuda import pack
+
+        return pack(self, target)
 
     def reference(self, x: Tensor) -> None:
         linears = (self.w1, self.b1, self.w2, self.b2)

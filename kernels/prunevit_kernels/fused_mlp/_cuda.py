@@ -15,17 +15,13 @@ from torch import Tensor
 
 from .._configs import CUDA_MLP_KERNELS, MLP_KERNELS, Problem
 from .._expect import ContractError, expect, matrix_of
-from ..target import Launch, PackedOp, Target
+from ..target import BUILD_COMMAND, Launch, PackedOp, Target
+from ..units import dtype_name, round_up
 from . import FusedMlp
 
 PANEL = 64  # columns of a panel, and of a chunk of the hidden width: csrc/cuda/layout.h
 UNIT = 16
 KERNEL_VARIABLE = "PRUNEVIT_MLP_KERNEL"
-BUILD_COMMAND = "pip install --no-build-isolation -e ."
-
-
-def round_up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
 
 
 def swizzled(panels: Tensor) -> Tensor:
@@ -101,7 +97,7 @@ class CudaMlp:
         """The same as two Triton kernels, with weights of its own."""
         from . import _triton
 
-        return _triton.pack(self.op, self.target)
+        return _triton.Packed(self.op, self.target)
 
     def problem(self, x: Tensor) -> Problem:
         op = self.op
@@ -177,7 +173,7 @@ class CudaMlp:
         mlp = native.Mlp(
             plan,
             self._shape(x),
-            str(self.target.dtype).removeprefix("torch."),
+            dtype_name(self.target.dtype),
             op.act,
             op.eps,
             native.Weights(**weights, **lists),
@@ -198,7 +194,7 @@ def pack(op: FusedMlp, target: Target) -> PackedOp:
     if target.device.type != "cuda":  # kernels interpreted, or compiled for a GPU that is not there: Triton's alone
         from . import _triton
 
-        return _triton.pack(op, target)
+        return _triton.Packed(op, target)
     try:
         extension = import_module("prunevit_kernels._cuda")
     except ModuleNotFoundError as missing:
@@ -211,5 +207,5 @@ def pack(op: FusedMlp, target: Target) -> PackedOp:
         )
         from . import _triton
 
-        return _triton.pack(op, target)
+        return _triton.Packed(op, target)
     return CudaMlp(extension, op, target)

@@ -15,7 +15,7 @@ from ..target import Target
 from . import FusedMlp
 
 
-class _Packed(TritonOp[FusedMlp]):
+class Packed(TritonOp[FusedMlp]):
     def __init__(self, op: FusedMlp, target: Target) -> None:
         super().__init__(op, target)
         self.fc1 = PackedLinear(op.w1, op.b1, target.device, target.dtype, op.embed_dim, op.reads)
@@ -26,7 +26,3 @@ class _Packed(TritonOp[FusedMlp]):
         hidden = scratch_for(x, (*x.shape[:2], self.op.hidden_dim), x.dtype)
         fc1 = linear_call(x, hidden, self.fc1, self.target, self.op.eps, self.op.act)
         return [fc1, self.fc2.call(hidden, x, self.target)]
-
-
-def pack(op: FusedMlp, target: Target) -> _Packed:
-    return _Packed(op, target)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import cpu
-from ..target import Launch, Target
+from ..target import Target
 from . import LinearResidual
 
 
-class PackedLinearResidual:
+class Packed(cpu.NativeOp[LinearResidual]):
+    name = "linear_residual"
+
     def __init__(self, op: LinearResidual, target: Target) -> None:
-        self.op, self.target = op, target
+        super().__init__(op, target)
         self.linear = cpu.packed_linear(op.weight, op.bias, op.gamma, writes=op.writes)
 
-    def bind(self, c: Tensor, x: Tensor) -> Launch:
-        self.op.check(self.target, c, x)
-        sizes = cpu.matrix("c", c), cpu.matrix("x", x)
-        launch: Launch = cpu.extension().linear_residual((c, x), self.target.pool, self.linear, *sizes)
-        return launch
-
-
-def pack(op: LinearResidual, target: Target) -> PackedLinearResidual:
-    return PackedLinearResidual(op, target)
+    def arguments(self, c: Tensor, x: Tensor) -> tuple[Any, ...]:
+        return self.linear, cpu.matrix("c", c), cpu.matrix("x", x)

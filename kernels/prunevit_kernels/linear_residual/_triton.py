@@ -74,7 +74,7 @@ class ResidualLinear:
         return Call(linear_residual_kernel, linear.programs(rows, tile), args, constants, tile, problem)
 
 
-class _Packed(TritonOp[LinearResidual]):
+class Packed(TritonOp[LinearResidual]):
     def __init__(self, op: LinearResidual, target: Target) -> None:
         super().__init__(op, target)
         self.linear = ResidualLinear(target, op.weight, op.bias, op.gamma, op.writes)
@@ -83,7 +83,3 @@ class _Packed(TritonOp[LinearResidual]):
         expect_rows("c", c)
         expect_rows("x", x)
         return [self.linear.call(c, x, self.target)]
-
-
-def pack(op: LinearResidual, target: Target) -> _Packed:
-    return _Packed(op, target)

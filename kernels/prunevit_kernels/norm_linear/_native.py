@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import cpu
-from ..target import Launch, Target
+from ..target import Target
 from . import NormLinear
 
 
-class PackedNormLinear:
+class Packed(cpu.NativeOp[NormLinear]):
+    name = "norm_linear"
+
     def __init__(self, op: NormLinear, target: Target) -> None:
-        self.op, self.target = op, target
+        super().__init__(op, target)
         self.linear = cpu.packed_linear(op.weight, op.bias, reads=op.reads)
 
-    def bind(self, x: Tensor, y: Tensor) -> Launch:
-        self.op.check(self.target, x, y)
-        sizes = cpu.matrix("x", x), cpu.matrix("y", y)
-        launch: Launch = cpu.extension().norm_linear((x, y), self.target.pool, self.linear, *sizes, self.op.eps)
-        return launch
-
-
-def pack(op: NormLinear, target: Target) -> PackedNormLinear:
-    return PackedNormLinear(op, target)
+    def arguments(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
+        return self.linear, cpu.matrix("x", x), cpu.matrix("y", y), self.op.eps

@@ -61,7 +61,7 @@ def linear_call(
     return Call(norm_linear_kernel, linear.programs(rows, tile), args, constants, tile, problem)
 
 
-class _Packed(TritonOp[NormLinear]):
+class Packed(TritonOp[NormLinear]):
     def __init__(self, op: NormLinear, target: Target) -> None:
         super().__init__(op, target)
         self.linear = PackedLinear(op.weight, op.bias, target.device, target.dtype, op.embed_dim, op.reads)
@@ -70,7 +70,3 @@ class _Packed(TritonOp[NormLinear]):
         expect_rows("x", x)
         expect_rows("y", y)
         return [linear_call(x, y, self.linear, self.target, self.op.eps)]
-
-
-def pack(op: NormLinear, target: Target) -> _Packed:
-    return _Packed(op, target)

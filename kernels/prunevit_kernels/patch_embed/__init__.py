@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .._expect import expect, expect_buffer, expect_vector
+from .._expect import expect, expect_affine, expect_buffer, expect_vector
 from ..op import Op
 from ..target import Target
 from .reference import patch_embed
@@ -43,13 +43,8 @@ class PatchEmbed(Op):
                 got=tuple(rows.shape),
                 want=embed_dim,
             )
-        for name in ("embed_norm", "pre_norm"):
-            norm = getattr(self, name)
-            expect(
-                norm is None or norm.shape == (2, embed_dim),
-                f"{name} [2, E]",
-                got=norm if norm is None else tuple(norm.shape),
-            )
+        expect_affine("embed_norm", self.embed_norm, embed_dim)
+        expect_affine("pre_norm", self.pre_norm, embed_dim)
 
     def check(self, target: Target, images: Tensor, x: Tensor) -> None:
         embed_dim, channels, p, q = self.weight.shape
@@ -60,7 +55,5 @@ class PatchEmbed(Op):
         expect_buffer("x", x, (len(images), len(self.prefix) + patches, embed_dim), target)
 
     def reference(self, images: Tensor, x: Tensor) -> None:
-        embed_norm = None if self.embed_norm is None else tuple(self.embed_norm)
-        pre_norm = None if self.pre_norm is None else tuple(self.pre_norm)
         stem = (self.weight, self.bias, self.positions, self.prefix)
-        x.copy_(patch_embed(images, *stem, self.eps, embed_norm, pre_norm))  # type: ignore[arg-type]
+        x.copy_(patch_embed(images, *stem, self.eps, self.embed_norm, self.pre_norm))

@@ -11,7 +11,7 @@ from ..target import Launch, Target
 from . import PatchEmbed
 
 
-class PackedPatchEmbed:
+class Packed:
     def __init__(self, op: PatchEmbed, target: Target) -> None:
         self.op, self.target = op, target
         self.linear = cpu.packed_linear(op.weight.flatten(1), op.bias)
@@ -34,7 +34,3 @@ class PackedPatchEmbed:
             return launch
 
         return launch_on
-
-
-def pack(op: PatchEmbed, target: Target) -> PackedPatchEmbed:
-    return PackedPatchEmbed(op, target)

@@ -99,7 +99,7 @@ def norm_tokens_kernel(
     store_columns(x_rows, cols, E, present, values, BLOCK_N)
 
 
-class _Packed(TritonOp[PatchEmbed]):
+class Packed(TritonOp[PatchEmbed]):
     def __init__(self, op: PatchEmbed, target: Target) -> None:
         super().__init__(op, target)
         device = target.device
@@ -156,7 +156,3 @@ class _Packed(TritonOp[PatchEmbed]):
         return Call(
             norm_tokens_kernel, -(-b * n // tile.block_m), args, constants, tile, Problem("rows", (b * n, e, e))
         )
-
-
-def pack(op: PatchEmbed, target: Target) -> _Packed:
-    return _Packed(op, target)

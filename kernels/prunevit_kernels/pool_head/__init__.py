@@ -13,7 +13,7 @@ from typing import get_args
 
 from torch import Tensor
 
-from .._expect import expect, expect_buffer, expect_linear
+from .._expect import expect, expect_affine, expect_buffer, expect_linear
 from ..op import Op
 from ..target import Target
 from .reference import Pool, pool_head, pool_tokens
@@ -36,10 +36,9 @@ class PoolHead(Op):
 
     def __post_init__(self) -> None:
         expect(self.pool in get_args(Pool), "a kind of pooling", got=self.pool, want=get_args(Pool))
-        for name in ("norm", "fc_norm"):
-            norm = getattr(self, name)
-            fits = norm is None or norm.shape == (2, self.embed_dim)
-            expect(fits, f"{name} [2, E]", got=norm if norm is None else tuple(norm.shape), want=self.embed_dim)
+        expect(self.prefix >= 0, "a count of prefix tokens", got=self.prefix)
+        expect_affine("norm", self.norm, self.embed_dim)
+        expect_affine("fc_norm", self.fc_norm, self.embed_dim)
         expect(self.pool != "tokens" or self.fc_norm is None, "no norm after pooling two tokens", got="fc_norm")
         if self.weight is not None:
             expect_linear("weight", self.weight, self.bias, (None, self.pooled_dim))
@@ -51,10 +50,12 @@ class PoolHead(Op):
     def check(self, target: Target, x: Tensor, out: Tensor) -> None:
         expect_buffer("x", x, (None, None, self.embed_dim), target)
         b, n = x.shape[:2]
+        left_out = self.prefix if self.pool in ("avg", "max", "avgmax") else 0
+        expect(left_out < n, "at least one token to pool", got=n - left_out)
+        expect(self.pool != "tokens" or n >= 2, "two tokens to pool", got=n)
         out_dim = self.pooled_dim if self.weight is None else self.weight.shape[0]
         expect_buffer("out", out, (b, n, out_dim) if self.pool == "none" else (b, out_dim), target)
 
     def reference(self, x: Tensor, out: Tensor) -> None:
-        norm = None if self.norm is None else tuple(self.norm)
-        fc_norm = None if self.fc_norm is None else tuple(self.fc_norm)
-        out.copy_(pool_head(x, self.pool, self.prefix, self.eps, norm, fc_norm, self.weight, self.bias))  # type: ignore[arg-type]
+        norms = self.norm, self.fc_norm
+        out.copy_(pool_head(x, self.pool, self.prefix, self.eps, *norms, self.weight, self.bias))

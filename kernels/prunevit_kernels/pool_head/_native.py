@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import cpu
-from ..target import Launch, Target
+from ..target import Target
 from . import PoolHead
 
 
-class PackedPoolHead:
+class Packed(cpu.NativeOp[PoolHead]):
+    name = "pool_head"
+
     def __init__(self, op: PoolHead, target: Target) -> None:
-        self.op, self.target = op, target
+        super().__init__(op, target)
         self.linear = None if op.weight is None else cpu.packed_linear(op.weight, op.bias)
         self.norms = cpu.extension().Norms(cpu.vector(op.norm), cpu.vector(op.fc_norm))
 
-    def bind(self, x: Tensor, out: Tensor) -> Launch:
-        self.op.check(self.target, x, out)
-        native = cpu.extension()
-        pooling = native.Pooling.__members__[self.op.pool]
-        weights = self.target.pool, self.linear, self.norms
+    def arguments(self, x: Tensor, out: Tensor) -> tuple[Any, ...]:
+        pooling = cpu.extension().Pooling.__members__[self.op.pool]
         sizes = cpu.tokens(x), cpu.matrix("out", out)
-        launch: Launch = native.pool_head((x, out), *weights, *sizes, pooling, self.op.prefix, self.op.eps)
-        return launch
-
-
-def pack(op: PoolHead, target: Target) -> PackedPoolHead:
-    return PackedPoolHead(op, target)
+        return self.linear, self.norms, *sizes, pooling, self.op.prefix, self.op.eps

@@ -72,7 +72,7 @@ def pool_tokens_kernel(
     tl.store(out + image * out_image + cols[None, :], pooled.to(out.dtype.element_ty), mask=(cols < E)[None, :])
 
 
-class _Packed(TritonOp[PoolHead]):
+class Packed(TritonOp[PoolHead]):
     def __init__(self, op: PoolHead, target: Target) -> None:
         super().__init__(op, target)
         before = {"norm": op.norm, "fc_norm": op.fc_norm}
@@ -122,7 +122,3 @@ class _Packed(TritonOp[PoolHead]):
         out_token = out.stride(1) if op.pool == "none" else e
         args = (x, *norms, out, b * tokens, tokens, e, *pitches, out.stride(0), out_token, op.eps)
         return Call(take_tokens_kernel, -(-b * tokens // tile.block_m), args, constants, tile, problem)
-
-
-def pack(op: PoolHead, target: Target) -> _Packed:
-    return _Packed(op, target)

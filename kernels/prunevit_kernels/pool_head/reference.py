@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..patch_embed.reference import Affine
-
 Pool = Literal["token", "tokens", "avg", "max", "avgmax", "none"]
 
 
@@ -37,15 +35,15 @@ def pool_head(
     pool: Pool,
     prefix: int,
     eps: float,
-    norm: Affine | None = None,
-    fc_norm: Affine | None = None,
+    norm: Tensor | None = None,
+    fc_norm: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """x [B, N, E] -> logits [B, classes], or pooled features where there is no weight."""
+    """x [B, N, E] -> logits [B, classes], or pooled features where there is no weight. A norm is [2, E]."""
     if norm is not None:
-        x = F.layer_norm(x, x.shape[-1:], *norm, eps=eps)
+        x = F.layer_norm(x, x.shape[-1:], norm[0], norm[1], eps)
     pooled = pool_tokens(x, pool, prefix)
     if fc_norm is not None:
-        pooled = F.layer_norm(pooled, x.shape[-1:], *fc_norm, eps=eps)
+        pooled = F.layer_norm(pooled, x.shape[-1:], fc_norm[0], fc_norm[1], eps)
     return pooled if weight is None else F.linear(pooled, weight, bias)

@@ -219,7 +219,7 @@ def head_rows(heads: HeadTable, menu: tuple[Class, ...]) -> list[list[int]]:
     ]  # fmt: skip
 
 
-class _Packed(TritonOp[RaggedAttention]):
+class Packed(TritonOp[RaggedAttention]):
     def __init__(self, op: RaggedAttention, target: Target) -> None:
         super().__init__(op, target)
         self.menu = menu_for(op.heads)
@@ -242,7 +242,3 @@ class _Packed(TritonOp[RaggedAttention]):
         }  # fmt: skip
         args = (qkv, out, self.table, b, n, queries, *pitches)
         return [Call(ragged_attention_kernel, grid, args, constants, tile, problem)]
-
-
-def pack(op: RaggedAttention, target: Target) -> _Packed:
-    return _Packed(op, target)

@@ -14,7 +14,6 @@ from torch import Tensor
 from .._configs import Problem, Tile
 from .._launch import Call, TritonOp, expect_rows, scratch_for
 from .._linear import store_columns
-from ..target import Target
 from . import SelectTokens
 
 TILE = Tile(block_m=32, block_n=128, warps=4, stages=2)
@@ -111,7 +110,7 @@ def fuse_dropped_kernel(
     tl.store(kept_scores + image * out_image + LAST, sum_of_scores, mask=block == 0)
 
 
-class _Packed(TritonOp[SelectTokens]):
+class Packed(TritonOp[SelectTokens]):
     def calls(self, x: Tensor, scores: Tensor, kept_x: Tensor, kept_scores: Tensor) -> list[Call]:
         expect_rows("x", x)
         expect_rows("kept_x", kept_x)
@@ -131,7 +130,3 @@ class _Packed(TritonOp[SelectTokens]):
             args = (*buffers, n, e, op.out_tokens - 1, *pitches, *images)
             calls.append(Call(fuse_dropped_kernel, b * -(-e // TILE.block_n), args, blocks, TILE, problem))
         return calls
-
-
-def pack(op: SelectTokens, target: Target) -> _Packed:
-    return _Packed(op, target)

@@ -28,6 +28,7 @@ class TokenScores(Op):
     accumulate: bool = False
 
     def __post_init__(self) -> None:
+        expect(len(self.heads) >= 1, "at least one head", got=len(self.heads))
         expect(self.rule in get_args(Rule), "a rule", got=self.rule, want=get_args(Rule))
 
     def check(self, target: Target, qkv: Tensor, scores: Tensor) -> None:

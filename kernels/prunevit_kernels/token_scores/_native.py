@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import cpu
-from ..target import Launch, Target
 from . import TokenScores
 
 
-class PackedTokenScores:
-    def __init__(self, op: TokenScores, target: Target) -> None:
-        self.op, self.target = op, target
-        self.heads = cpu.head_tuples(op.heads)
+class Packed(cpu.NativeOp[TokenScores]):
+    name = "token_scores"
 
-    def bind(self, qkv: Tensor, scores: Tensor) -> Launch:
-        self.op.check(self.target, qkv, scores)
-        native = cpu.extension()
+    def arguments(self, qkv: Tensor, scores: Tensor) -> tuple[Any, ...]:
+        rule = cpu.extension().Rule.__members__[self.op.rule]
         sizes = cpu.tokens(qkv), cpu.matrix("scores", scores)
-        rule = native.Rule.__members__[self.op.rule], self.op.accumulate
-        launch: Launch = native.token_scores((qkv, scores), self.target.pool, self.heads, *sizes, *rule)
-        return launch
-
-
-def pack(op: TokenScores, target: Target) -> PackedTokenScores:
-    return PackedTokenScores(op, target)
+        return cpu.head_tuples(self.op.heads), *sizes, rule, self.op.accumulate

@@ -112,14 +112,14 @@ def token_scores_kernel(
     tl.store(scores + keys, received, mask=present)
 
 
-class _Packed(TritonOp[TokenScores]):
+class Packed(TritonOp[TokenScores]):
     def __init__(self, op: TokenScores, target: Target) -> None:
         super().__init__(op, target)
         heads = op.heads
         expect(all(offset % 8 == 0 for offset in (*heads.q, *heads.k)), "slices on multiples of 8", got=heads)
         rows = [[q // 8, k // 8, -(-dim // 8), 0] for q, k, dim in zip(heads.q, heads.k, heads.qk_dims)]
-        self.table = torch.tensor(rows, dtype=torch.int32, device=target.device).reshape(-1, 4)
-        self.chunks = chunks(exact_class(max(heads.qk_dims, default=1), 1)[0])
+        self.table = torch.tensor(rows, dtype=torch.int32, device=target.device)
+        self.chunks = chunks(exact_class(max(heads.qk_dims), 1)[0])
 
     def calls(self, qkv: Tensor, scores: Tensor) -> list[Call]:
         expect_rows("qkv", qkv)
@@ -139,12 +139,6 @@ class _Packed(TritonOp[TokenScores]):
             (qkv, sums, self.table, scores, h, n, queries, *pitches, scores.stride(0)),
             {"ADD": self.op.accumulate, **constants}, tile, problem,
         )  # fmt: skip
-        if h == 0:
-            return [spread]
         grid = b * h * -(-queries // tile.block_m)
         args = (qkv, sums, self.table, h, n, queries, *pitches)
         return [Call(softmax_sums_kernel, grid, args, constants, tile, problem), spread]
-
-
-def pack(op: TokenScores, target: Target) -> _Packed:
-    return _Packed(op, target)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prunevit_kernels import FusedMlp
 from prunevit_kernels.fused_mlp.reference import ACTIVATIONS
-from tests.kernels.half_precision import assert_as_good_as_eager, eager_of
+from tests.kernels.half_precision import assert_as_good_as_eager, changed
 
 
 def mirrored(op: FusedMlp, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -33,7 +33,7 @@ def assert_right(ours: Tensor, op: FusedMlp, values: Tensor) -> None:
     truth, eager = values.double(), values.clone()
     with torch.no_grad():
         op.reference(truth)
-        eager_of(op, dtype).reference(eager)
+        changed(op, lambda weight: weight.to(dtype)).reference(eager)
     assert_as_good_as_eager(ours.double(), eager.double(), truth, dtype)
     eps = torch.finfo(dtype).eps
     near = mirrored(op, values.double(), dtype)

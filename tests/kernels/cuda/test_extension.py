@@ -110,12 +110,12 @@ def test_the_choice_is_in_the_open(native: ModuleType) -> None:
 def test_without_the_extension_triton_serves_and_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prunevit_kernels._cuda", None)
     served: list[FusedMlp] = []
-    monkeypatch.setattr(_triton, "pack", lambda op, target: served.append(op))
+    monkeypatch.setattr(_triton, "Packed", lambda op, target: served.append(op))
     op, target = draw(37, 70), Target("cuda", torch.device("cuda"), torch.bfloat16)
-    with pytest.warns(UserWarning, match=r"_cuda is not built.*pip install --no-build-isolation -e \."):
+    with pytest.warns(UserWarning, match=r"_cuda is not built.*setup\.py build_ext --inplace"):
         _cuda.pack(op, target)
     assert served == [op]
 
 
 def test_kernels_for_an_absent_gpu_are_tritons() -> None:
-    assert isinstance(draw(37, 70).pack(stand_in_target(torch.float16)), _triton._Packed)
+    assert isinstance(draw(37, 70).pack(stand_in_target(torch.float16)), _triton.Packed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import random
@@ -20,7 +19,7 @@ from prunevit_kernels._configs import CUDA_MLP_KERNELS as KERNELS
 from prunevit_kernels.fused_mlp._cuda import KERNEL_VARIABLE
 from tests.kernels.cuda.emulation import draw
 from tests.kernels.cuda.rules import assert_right
-from tests.kernels.half_precision import rounded, same_bits
+from tests.kernels.half_precision import changed, rounded, same_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -44,12 +43,8 @@ def target(request: pytest.FixtureRequest) -> Target:
 
 @functools.lru_cache(maxsize=4)
 def on_gpu(embed: int, hidden: int, dtype: torch.dtype) -> FusedMlp:
-    return moved(rounded(draw(embed, hidden), dtype))
-
-
-def moved(op: FusedMlp) -> FusedMlp:
-    tensors = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
-    return dataclasses.replace(op, **{k: v.cuda() for k, v in tensors.items() if isinstance(v, Tensor)})
+    op: FusedMlp = changed(rounded(draw(embed, hidden), dtype), Tensor.cuda)
+    return op
 
 
 def place(target: Target, rows: int, embed: int, pitch: int) -> tuple[Tensor, Tensor]:
@@ -131,7 +126,7 @@ def test_drawn_shapes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lists = [tuple(drawn.sample(range(embed), drawn.randint(1, embed))) if drawn.random() < 0.3 else None for _ in "rw"]
     act = drawn.choice(["gelu", "gelu_tanh", "quick_gelu", "relu"])
     op = draw(embed, hidden, act=act, reads=lists[0], writes=lists[1], gamma=drawn.random() < 0.5, seed=seed)
-    op = moved(rounded(op, dtype))
+    op = changed(rounded(op, dtype), Tensor.cuda)
     kernel = drawn.choice([*KERNELS, None])
     if kernel is not None:
         monkeypatch.setenv(KERNEL_VARIABLE, kernel)

@@ -12,7 +12,7 @@ from prunevit_kernels import ContractError, HeadTable, RaggedAttention, tune
 from prunevit_kernels._aot import stand_in_target
 from prunevit_kernels._configs import Problem, Tile, candidates
 from prunevit_kernels._launch import Call
-from prunevit_kernels.ragged_attention._triton import pack
+from prunevit_kernels.ragged_attention._triton import Packed
 from prunevit_kernels.tuning import Tuning
 
 TARGET = stand_in_target(torch.bfloat16)
@@ -52,18 +52,18 @@ def test_sizes_that_no_kernel_has_are_refused(change: dict[str, object], tmp_pat
 
 
 def test_a_tuned_tile_is_used(op: RaggedAttention) -> None:
-    (default,) = pack(op, TARGET).calls(*buffers(op))
+    (default,) = Packed(op, TARGET).calls(*buffers(op))
     tuning = Tuning("one GPU", {default.problem.key("bfloat16"): TILE})
     tuned = stand_in_target(torch.bfloat16)
     object.__setattr__(tuned, "tuning", tuning)
-    (call,) = pack(op, tuned).calls(*buffers(op))
+    (call,) = Packed(op, tuned).calls(*buffers(op))
     assert default.tile != TILE
     assert call.tile == TILE
     assert call.constants["BLOCK_M"] == 128
 
 
 def test_the_fastest_candidate_wins(op: RaggedAttention, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = pack(op, TARGET)
+    packed = Packed(op, TARGET)
     (default,) = packed.calls(*buffers(op))
     fastest = candidates(default.problem)[5]
     compiled: list[Call] = []

@@ -7,6 +7,7 @@ import torch
 
 from prunevit.runtime import Runtime
 from prunevit_kernels._aot import stand_in_target
+from tests.accuracy import held_to_eager
 from tests.specs import SPECS, random_images, random_model
 
 MODELS = [
@@ -34,9 +35,4 @@ def test_computes_what_the_module_computes(name: str, monkeypatch: pytest.Monkey
     model, images = random_model(spec), random_images(spec, batch=2)
     target = stand_in_target(torch.float32)
     monkeypatch.setattr("prunevit.runtime.runtime.choose_target", lambda *arguments: target)
-    got = Runtime(model)(images).double()
-    with torch.no_grad():
-        truth = model.double()(images.double())
-        eager = model.float()(images).double()
-    error, allowed = (got - truth).abs().max(), 2 * (eager - truth).abs().max() + 64 * 2**-23 * truth.abs().max()
-    assert error <= allowed, f"{error:.3g} > {allowed:.3g}"
+    held_to_eager(model, images, Runtime(model)(images), torch.float32, units=64)

@@ -1,0 +1,62 @@
+"""What spec and plan have in common: frozen pydantic models, read from untrusted files, whose errors name the field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import PrunevitError
+
+
+class Frozen(BaseModel):
+    # strict: a JSON true is no width of 1, and "12" no depth; lax_size etc. would hide a malformed file
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Document(Frozen):
+    """A model that files hold whole. ``kind`` is what messages call it, ``error`` what it raises."""
+
+    kind: ClassVar[str]
+    error: ClassVar[type[PrunevitError]]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read untrusted data. Raises its ``error`` with the path of each wrong field and why."""
+        try:
+            # lists stand for tuples in JSON: validated as JSON, strictness keeps its meaning for everything else
+            text = json.dumps(data)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise cls.error(f"invalid {cls.kind}: expected plain JSON values, got {error}") from None
+        with cls._named():
+            return cls.model_validate_json(text)
+
+    @classmethod
+    def checked(cls, **fields: Any) -> Self:
+        """Built from its fields. Raises as :meth:`from_dict` does."""
+        with cls._named():
+            return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, defaults included."""
+        data: dict[str, Any] = self.model_dump(mode="json")
+        return data
+
+    @classmethod
+    @contextmanager
+    def _named(cls) -> Iterator[None]:
+        try:
+            yield
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc'])) or cls.kind}: {_reason(e)}" for e in error.errors()[:5]]
+            raise cls.error(f"invalid {cls.kind}: " + "; ".join(lines)) from None
+
+
+def _reason(error: Any) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    value = repr(error["input"])
+    shown = value if len(value) <= 60 else value[:57] + "…"
+    return message if error["type"] == "value_error" else f"{message}, got {shown}"
