@@ -2,8 +2,9 @@
 
     python bench/gpu.py --part fused_mlp --shapes snp_deit_tiny --batch 1,256 --out bench/results --wheels wheels
 
-Installs the wheels that were brought along into a temporary folder, builds the extensions in place for this GPU alone,
-and runs one part. Needs nothing but Python's own library until that is done. ``--dry-run`` prints the commands.
+Installs the wheels that were brought along into a temporary folder, builds the extensions in place for this GPU alone
+(not with ``--built``, where they were brought along too), and runs one part.
+Needs nothing but Python's own library until that is done. ``--dry-run`` prints the commands.
 """
 
 from __future__ import annotations

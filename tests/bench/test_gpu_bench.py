@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,24 @@ def test_a_dry_run_prints_the_build_and_the_part(part: str, tmp_path: Path) -> N
     assert what.get(part, f"bench/{part}.py --device=cuda") in run
     assert "snp_deit_tiny" in run
     assert not (tmp_path / "out").exists()
+
+
+def test_a_part_takes_the_time_it_is_given_and_a_build_that_was_brought_along() -> None:
+    done = make("PART=fused_mlp", "DRY_RUN=1", "BUILT=1", "SECONDS=30")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert "--limit={left}" in done.stdout.replace("'", "")
+
+
+def test_nothing_lives_on_when_the_time_is_over(tmp_path: Path) -> None:
+    """Neither the command nor what it has started, stopped or not."""
+    child = f"import os, time; open(r'{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert gpu.run([sys.executable, "-c", parent], {}, time.monotonic() + 2) == 124
+    left = Path("/proc") / (tmp_path / "pid").read_text()
+    until = time.monotonic() + 5
+    while left.exists() and "Z" not in (left / "stat").read_text().split()[2]:
+        assert time.monotonic() < until
 
 
 def test_models_are_timed_with_what_was_tuned_before(tmp_path: Path) -> None:

@@ -190,19 +190,23 @@ def _launch(mlp: object, device: int, held: object) -> None:
 
 
 def pack(op: FusedMlp, target: Target) -> PackedOp:
-    """The CUDA extension's kernels; the Triton pair, with a warning, where the extension is not built."""
+    """The CUDA extension's kernels; the Triton pair, with a warning, where the extension is not built or cannot run."""
     if target.device.type != "cuda":  # kernels interpreted, or compiled for a GPU that is not there: Triton's alone
         from . import _triton
 
         return _triton.Packed(op, target)
     try:
         extension = import_module("prunevit_kernels._cuda")
-    except ModuleNotFoundError as missing:
-        if missing.name != "prunevit_kernels._cuda":
-            raise
+        extension.Device.of(target.device.index or 0)  # its runtime library may be newer than the driver
+    except (ModuleNotFoundError, RuntimeError) as error:
+        why = f"does not run here ({error})"
+        if isinstance(error, ModuleNotFoundError):
+            if error.name != "prunevit_kernels._cuda":
+                raise
+            why = "is not built"
         warnings.warn(
-            "prunevit_kernels._cuda is not built: fused_mlp runs as two Triton kernels. "
-            f"With CUDA's nvcc on PATH, build it: {BUILD_COMMAND}",
+            f"prunevit_kernels._cuda {why}: fused_mlp runs as two Triton kernels. "
+            f"With the nvcc of this driver's CUDA on PATH, build it: {BUILD_COMMAND}",
             stacklevel=2,
         )
         from . import _triton

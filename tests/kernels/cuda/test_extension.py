@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import sysconfig
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pybind11
 import pytest
@@ -107,12 +107,22 @@ def test_the_choice_is_in_the_open(native: ModuleType) -> None:
     assert list(chosen.values()) == ["split", "fused", "fused", "split", "two_gemms"]
 
 
-def test_without_the_extension_triton_serves_and_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "prunevit_kernels._cuda", None)
+def _too_new_for_the_driver(index: int) -> None:
+    raise RuntimeError("cudaDeviceGetAttribute failed on GPU 0: CUDA driver version is insufficient")
+
+
+UNUSABLE = SimpleNamespace(Device=SimpleNamespace(of=_too_new_for_the_driver))
+
+
+@pytest.mark.parametrize(("module", "why"), [(None, "is not built"), (UNUSABLE, "does not run here .*insufficient")])
+def test_without_the_extension_triton_serves_and_says_how_to_build(
+    module: object, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "prunevit_kernels._cuda", module)
     served: list[FusedMlp] = []
     monkeypatch.setattr(_triton, "Packed", lambda op, target: served.append(op))
     op, target = draw(37, 70), Target("cuda", torch.device("cuda"), torch.bfloat16)
-    with pytest.warns(UserWarning, match=r"_cuda is not built.*setup\.py build_ext --inplace"):
+    with pytest.warns(UserWarning, match=rf"_cuda {why}.*setup\.py build_ext --inplace"):
         _cuda.pack(op, target)
     assert served == [op]
 
