@@ -5,9 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import random
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -20,6 +17,7 @@ from prunevit_kernels.fused_mlp._cuda import KERNEL_VARIABLE
 from tests.kernels.cuda.emulation import draw
 from tests.kernels.cuda.rules import assert_right
 from tests.kernels.half_precision import changed, rounded, same_bits
+from tests.sanitizer import finds_nothing
 
 pytestmark = pytest.mark.gpu
 
@@ -186,12 +184,8 @@ def test_not_a_number_stays_in_its_row(target: Target) -> None:
     assert broken == [5]
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
-    """Each kernel on one small shape; a test run by the tool, in a process of its own."""
-    sanitizer = shutil.which("compute-sanitizer")
-    assert sanitizer is not None, "tests marked gpu need compute-sanitizer, which comes with the CUDA toolkit"
-    tests = [f"{__file__}::test_any_number_of_rows", "-k", "bf16 and (33 or 129)"]
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-m", "gpu", *tests]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    """Each kernel on one small shape."""
+    finds_nothing(tool, ["prunevit"], f"{__file__}::test_any_number_of_rows", "-k", "bf16 and (33 or 129)")

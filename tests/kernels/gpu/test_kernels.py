@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -22,8 +18,11 @@ from tests.kernels.half_precision_cases import (
     pool_head,
     select_tokens,
 )
+from tests.sanitizer import finds_nothing
 
 pytestmark = pytest.mark.gpu
+
+KERNELS = ("norm_linear_kernel", "linear_residual_kernel", "ragged_attention", "patch_embed", "tokens_kernel", "_kept_")
 
 # Sizes of published pruned models: what the interpreter is too slow for.
 PUBLISHED: dict[str, Case] = {
@@ -131,10 +130,7 @@ def test_streams_do_not_share_scratch(name: str, target: Target) -> None:
         assert all(same_bits(a.contiguous(), b.contiguous()) for a, b in zip(views, expected))
 
 
+@pytest.mark.timeout(300)
 def test_compute_sanitizer_finds_nothing() -> None:
-    tool = shutil.which("compute-sanitizer")
-    assert tool is not None, "tests marked gpu need compute-sanitizer, which comes with the CUDA toolkit"
-    test = f"{__file__}::test_small_and_awkward"
-    python = [sys.executable, "-m", "pytest", "-m", "gpu", "-k", "bf16 and (mixed or 21 or some or patch)", test]
-    done = subprocess.run([tool, "--error-exitcode", "9", *python], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    tests = (f"{__file__}::test_small_and_awkward", "-k", "bf16 and (mixed or 21 or some or patch)")
+    finds_nothing("memcheck", KERNELS, *tests)
