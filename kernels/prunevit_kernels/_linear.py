@@ -10,6 +10,7 @@ from torch import Tensor
 from ._configs import Tile
 
 BLOCK_K = 64  # packed weights have zeros up to a multiple of this, so that no load of weights is masked along k
+WIDEST_BLOCK = 256  # and vectors of output columns up to one of this: a mask would have them loaded one by one
 
 
 @triton.jit
@@ -100,19 +101,20 @@ def multiply(
 
 
 @triton.jit
-def store_columns(rows, cols, D, row_mask, value, BLOCK_N: tl.constexpr):
-    """Columns below D, 16 bytes at a time; only a last group that is not whole goes one by one."""
+def store_columns(rows, first_col, D, row_mask, value, BLOCK_N: tl.constexpr):
+    """Columns first_col … below D, 16 bytes at a time; only a last group that is not whole goes one by one."""
     value = value.to(rows.dtype.element_ty)
     whole = D // 8 * 8
+    cols = first_col + tl.arange(0, BLOCK_N)
     ptrs = rows[:, None] + cols[None, :]
     tl.store(ptrs, value, mask=row_mask[:, None] & (cols < whole)[None, :])
-    if whole < D and tl.max(cols, 0) >= whole:
+    if whole < D and first_col + BLOCK_N > whole:
         tl.store(ptrs, value, mask=row_mask[:, None] & ((cols >= whole) & (cols < D))[None, :])
 
 
 @triton.jit
 def locate_tile(M, D, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """This program's first row, its rows counted from there, which of them exist, and its columns.
+    """This program's first row, its rows counted from there, which of them exist, and its first column.
 
     Programs with the same rows run one after another, so that all but the first find them in the L2 cache. Rows past
     the last are the last one again: no load needs a mask, and nothing out of bounds is read.
@@ -121,8 +123,13 @@ def locate_tile(M, D, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     first_row = tl.program_id(0) // blocks * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     present = rows < M - first_row
-    cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    return first_row.to(tl.int64), tl.minimum(rows, M - first_row - 1), present, cols
+    first_col = tl.program_id(0) % blocks * BLOCK_N
+    return first_row.to(tl.int64), tl.minimum(rows, M - first_row - 1), present, first_col
+
+
+def padded_vector(values: Tensor) -> Tensor:
+    """With zeros up to a multiple of the widest block of columns."""
+    return torch.nn.functional.pad(values, (0, -len(values) % WIDEST_BLOCK))
 
 
 class PackedLinear:
@@ -142,10 +149,8 @@ class PackedLinear:
         columns = torch.arange(self.in_dim) if channels is None else torch.tensor(channels)
         self.weight[:, columns.to(device)] = weight.detach().to(device, dtype)
         # the sums of what the kernel multiplies by, that is, after rounding
-        self.column_sums = self.weight.double().sum(1).float()
-        self.bias = torch.zeros(self.out_dim, device=device)
-        if bias is not None:
-            self.bias.copy_(bias.detach())
+        self.column_sums = padded_vector(self.weight.double().sum(1).float())
+        self.bias = padded_vector(torch.zeros(self.out_dim) if bias is None else bias.detach().float()).to(device)
 
     def tail(self, block_k: int) -> int:
         """What a multiple of ``block_k`` leaves of the input columns, as a power of two from 16; 0 for nothing."""

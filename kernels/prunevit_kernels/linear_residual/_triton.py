@@ -10,7 +10,7 @@ from torch import Tensor
 from .._configs import Problem, linear_tile
 from .._expect import matrix_of
 from .._launch import Call, TritonOp, expect_rows
-from .._linear import PackedLinear, locate_tile, multiply, store_columns
+from .._linear import PackedLinear, locate_tile, multiply, padded_vector, store_columns
 from ..target import Target
 from . import LinearResidual
 
@@ -22,7 +22,8 @@ def linear_residual_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # locate
-    first_row, rows, present, cols = locate_tile(M, D, BLOCK_M, BLOCK_N)
+    first_row, rows, present, first_col = locate_tile(M, D, BLOCK_M, BLOCK_N)
+    cols = first_col + tl.arange(0, BLOCK_N)
     c_rows = c + first_row * c_row8 * 8 + rows * (c_row8 * 8)
     w_rows = w + tl.minimum(cols, D - 1) * (w_row8 * 8)
     x_rows = x + first_row * x_row8 * 8 + rows * (x_row8 * 8)
@@ -31,15 +32,15 @@ def linear_residual_kernel(
     acc, _, _ = multiply(c_rows, w_rows, K, False, TAIL, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)
 
     # finish in fp32
-    b = tl.load(bias + cols, mask=cols < D, other=0.0)
+    b = tl.load(bias + cols)
     acc += b[None, :]
     if GAMMA:
-        g = tl.load(gamma + cols, mask=cols < D, other=0.0)
+        g = tl.load(gamma + cols)
         acc *= g[None, :]
 
     # store
     if WRITES:
-        channels = tl.load(writes + cols, mask=cols < D, other=0)
+        channels = tl.load(writes + cols)
         ptrs = x_rows[:, None] + channels[None, :]
         mask = present[:, None] & (cols < D)[None, :]
         acc += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -47,7 +48,7 @@ def linear_residual_kernel(
     else:
         groups = (cols < tl.cdiv(D, 8) * 8)[None, :]  # read 16 bytes at a time; what is past column D is not used
         acc += tl.load(x_rows[:, None] + cols[None, :], mask=groups, other=0.0).to(tl.float32)
-        store_columns(x_rows, cols, D, present, acc, BLOCK_N)
+        store_columns(x_rows, first_col, D, present, acc, BLOCK_N)
 
 
 class ResidualLinear:
@@ -57,8 +58,9 @@ class ResidualLinear:
         self, target: Target, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, writes: tuple[int, ...] | None
     ) -> None:
         self.linear = PackedLinear(weight, bias, target.device, target.dtype)
-        self.gamma = None if gamma is None else gamma.detach().to(target.device, torch.float32).contiguous()
-        self.writes = None if writes is None else torch.tensor(writes, dtype=torch.int32, device=target.device)
+        self.gamma = None if gamma is None else padded_vector(gamma.detach().float()).to(target.device)
+        listed = None if writes is None else torch.tensor(writes, dtype=torch.int32)
+        self.writes = None if listed is None else padded_vector(listed).to(target.device)
 
     def call(self, c: Tensor, x: Tensor, target: Target) -> Call:
         rows, c_pitch = matrix_of("c", c)

@@ -25,7 +25,8 @@ def norm_linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # locate
-    first_row, rows, present, cols = locate_tile(M, D, BLOCK_M, BLOCK_N)
+    first_row, rows, present, first_col = locate_tile(M, D, BLOCK_M, BLOCK_N)
+    cols = first_col + tl.arange(0, BLOCK_N)
     x_rows = x + first_row * x_row8 * 8 + rows * (x_row8 * 8)
     w_rows = w + tl.minimum(cols, D - 1) * (w_row8 * 8)
     y_rows = y + first_row * y_pitch * Y_UNIT + rows * (y_pitch * Y_UNIT)  # a row of logits may start anywhere
@@ -34,15 +35,15 @@ def norm_linear_kernel(
     acc, mean, m2 = multiply(x_rows, w_rows, K, NORM, TAIL, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)
 
     # finish in fp32
-    b = tl.load(bias + cols, mask=cols < D, other=0.0)
+    b = tl.load(bias + cols)
     if NORM:
-        sums = tl.load(column_sums + cols, mask=cols < D, other=0.0)
+        sums = tl.load(column_sums + cols)
         rstd = tl.rsqrt(m2 / K + eps)
         acc = (acc - mean[:, None] * sums[None, :]) * rstd[:, None]
     acc = activate(acc + b[None, :], ACT)
 
     # store
-    store_columns(y_rows, cols, D, present, acc, BLOCK_N)
+    store_columns(y_rows, first_col, D, present, acc, BLOCK_N)
 
 
 def linear_call(

@@ -29,7 +29,8 @@ def patch_embed_kernel(
     patches = GRID_H * GRID_W
     blocks = tl.cdiv(E, BLOCK_N)
     row_block = tl.program_id(0) // blocks
-    cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_col = tl.program_id(0) % blocks * BLOCK_N
+    cols = first_col + tl.arange(0, BLOCK_N)
     patch_blocks = tl.cdiv(B * patches, BLOCK_M)
     if row_block < patch_blocks:
         # locate
@@ -58,13 +59,13 @@ def patch_embed_kernel(
         # finish in fp32, store
         acc += tl.load(added + patch[:, None] * E + cols[None, :], mask=(cols < E)[None, :], other=0.0)
         x_rows = x + image * x_image8 * 8 + (PREFIX + patch) * (x_row8 * 8)
-        store_columns(x_rows, cols, E, present, acc, BLOCK_N)
+        store_columns(x_rows, first_col, E, present, acc, BLOCK_N)
     else:
         rows = (row_block - patch_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
         token = rows % PREFIX
         values = tl.load(prefix + token[:, None] * E + cols[None, :], mask=(cols < E)[None, :], other=0.0)
         x_rows = x + (rows // PREFIX).to(tl.int64) * x_image8 * 8 + token * (x_row8 * 8)
-        store_columns(x_rows, cols, E, rows < B * PREFIX, values, BLOCK_N)
+        store_columns(x_rows, first_col, E, rows < B * PREFIX, values, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["ROWS", "N", "E", "PREFIX", "x_image8", "x_row8"])
@@ -96,7 +97,7 @@ def norm_tokens_kernel(
         values = layer_norm(values, cols, E, pre_affine, eps)
 
     # store
-    store_columns(x_rows, cols, E, present, values, BLOCK_N)
+    store_columns(x_rows, 0, E, present, values, BLOCK_N)
 
 
 class Packed(TritonOp[PatchEmbed]):

@@ -79,19 +79,12 @@ def _store_slice(rows, first: tl.constexpr, WIDTH: tl.constexpr, width, width8, 
 
 @triton.jit
 def _attend(
-    qkv, out, entry, query_block, N, NQ, row8, out_row8,
+    q, k, v, o, qk8, v8, v_dim, query_block, N, NQ, row8, out_row8,
     Q0: tl.constexpr, Q1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head of one image, at the widths of one class."""
     # locate
-    q = qkv + tl.load(entry + 1) * 8
-    k = qkv + tl.load(entry + 2) * 8
-    v = qkv + tl.load(entry + 3) * 8
-    o = out + tl.load(entry + 4) * 8
-    qk8 = tl.load(entry + 5)
-    v8 = tl.load(entry + 6)
-    v_dim = tl.load(entry + 7)
     queries = query_block * BLOCK_M + tl.arange(0, BLOCK_M)
     asked = queries < NQ
 
@@ -164,11 +157,19 @@ def ragged_attention_kernel(
     qkv += image.to(tl.int64) * image8 * 8
     out += image.to(tl.int64) * out_image8 * 8
     entry = table + head * 8
+    # all of the entry at once: what a class needs must not wait until the class is known
     head_class = tl.load(entry)
+    q = qkv + tl.load(entry + 1) * 8
+    k = qkv + tl.load(entry + 2) * 8
+    v = qkv + tl.load(entry + 3) * 8
+    o = out + tl.load(entry + 4) * 8
+    qk8 = tl.load(entry + 5)
+    v8 = tl.load(entry + 6)
+    v_dim = tl.load(entry + 7)
     for c in tl.static_range(len(MENU)):
-        if head_class == c:
+        if len(MENU) == 1 or head_class == c:
             _attend(
-                qkv, out, entry, query_block, N, NQ, row8, out_row8,
+                q, k, v, o, qk8, v8, v_dim, query_block, N, NQ, row8, out_row8,
                 MENU[c][0], MENU[c][1], MENU[c][2], MENU[c][3], BLOCK_M, BLOCK_N, TAIL, STAGES,
             )  # fmt: skip
 

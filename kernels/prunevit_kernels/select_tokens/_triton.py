@@ -77,7 +77,7 @@ def gather_kept_kernel(
         cols = start + tl.arange(0, BLOCK_N)
         groups = (cols < tl.cdiv(E, 8) * 8)[None, :]
         rows = tl.load(x_rows[:, None] + cols[None, :], mask=stays[:, None] & groups, other=0.0)
-        store_columns(y_rows, cols, E, stays, rows, BLOCK_N)
+        store_columns(y_rows, start, E, stays, rows, BLOCK_N)
 
 
 @triton.jit(
