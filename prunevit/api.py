@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 from torch import nn
 
 from . import checkpoint, pruning
-from .errors import PruningError, RuntimeMismatch, expect
+from .errors import InputError, PruningError, RuntimeMismatch, expect
 from .latency import Deployment, Measured
 from .latency.table import OnNode
 from .models.from_timm import as_pruned
+from .models.tensors import check_state
 from .models.vit import PrunedViT
 from .pruning import Budget
 from .pruning.budget import Constraints, Cost, costs_by_name
@@ -107,8 +109,11 @@ def prune(
 def save(model: PrunedViT, path: str | os.PathLike[str], *, check: bool = True) -> Path:
     """Write a checkpoint directory: atomically, and only if the runtime computes what the module computes.
 
-    ``check=False`` leaves the comparison out. Raises :class:`RuntimeMismatch`, :class:`CheckpointError`.
+    ``check=False`` leaves the comparison out. Raises :class:`InputError` for anything but a PrunedViT,
+    :class:`CheckpointError` for weights that no checkpoint holds, :class:`RuntimeMismatch`.
     """
+    _expect_pruned(model)
+    check_state(model.spec, model.state_dict(), "model")  # before the runtime is blamed for what it cannot compute
     if check:
         gate(model)
     return checkpoint.save(model, path)
@@ -122,15 +127,19 @@ def load(path: str | os.PathLike[str]) -> PrunedViT:
 def gate(model: PrunedViT, batch: int = 2) -> float:
     """The largest difference between a module and its runtime on random images, as a share of the logits' spread.
 
-    Raises :class:`RuntimeMismatch` above :data:`GATE_TOLERANCE`.
+    A module in 16 bits is compared in fp32, on the numbers that its weights have. Raises :class:`RuntimeMismatch`
+    above :data:`GATE_TOLERANCE`.
     """
+    _expect_pruned(model)
     spec: ViTSpec = model.spec
-    images = torch.randn(batch, spec.in_chans, *spec.img_size, generator=torch.Generator().manual_seed(0))
+    chance = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, spec.in_chans, *spec.img_size, generator=chance, dtype=torch.float32)
     first = next(model.parameters())
-    training = model.training
+    single = copy.deepcopy(model).float() if first.dtype in (torch.float16, torch.bfloat16) else model
+    dtype, training = next(single.parameters()).dtype, model.training
     try:
         with torch.no_grad():
-            expected = model.eval()(images.to(first.device, first.dtype)).float().cpu()
+            expected = single.eval()(images.to(first.device, dtype)).float().cpu()
     finally:
         model.train(training)
     got = Runtime(model, device="cpu", dtype=torch.float32)(images)
@@ -141,6 +150,11 @@ def gate(model: PrunedViT, batch: int = 2) -> float:
             "nothing was written. Please report this with the spec (save with check=False to keep the weights)."
         )
     return error
+
+
+def _expect_pruned(model: object) -> None:
+    got = type(model).__name__
+    expect(isinstance(model, PrunedViT), InputError, "a PrunedViT (prunevit.from_timm makes one)", got=got)
 
 
 __all__ = ["GATE_TOLERANCE", "Deployment", "Runtime", "gate", "load", "prune", "save"]

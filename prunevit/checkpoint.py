@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ from .machine import installed
 from .models.from_timm import as_pruned
 from .models.origin import CONFIG, MAX_CONFIG_BYTES, MAX_PLAN_BYTES, PLAN, read_json
 from .models.registry import WEIGHTS, pretrained_cfg_of
-from .models.tensors import check_file, check_finite, check_shapes
+from .models.tensors import check_file, check_finite, check_state
 from .models.vit import PrunedViT
 from .spec import ViTSpec
 
@@ -62,9 +63,10 @@ def save(model: PrunedViT, path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    check_shapes(model.spec, {name: tuple(tensor.shape) for name, tensor in state.items()}, "model")
-    for name, tensor in state.items():
-        check_finite(name, tensor, "model")
+    check_state(model.spec, state, "model")
+    memory = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
+    for name, tensor in state.items():  # safetensors holds no tensor twice: tied weights are written as two
+        state[name] = tensor.clone() if memory[tensor.untyped_storage().data_ptr()] > 1 else tensor
     texts = {CONFIG: _dumps("config", _config(model), indent=2)}
     if model.plan is not None:
         texts[PLAN] = _dumps("plan", model.plan)

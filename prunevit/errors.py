@@ -28,7 +28,7 @@ class BudgetError(PruningError):
 
 
 class InputError(PrunevitError, ValueError):
-    """An input to the runtime has the wrong type, shape, dtype, device or layout, or holds NaN."""
+    """An input to the runtime has the wrong type, shape, dtype or device, or holds NaN."""
 
 
 class DataError(PrunevitError, ValueError):

@@ -56,6 +56,7 @@ SPECS: dict[str, ViTSpec] = {
     "registers": vit(block(), block(), reg_tokens=3),
     "registers_not_embedded": vit(block(), reg_tokens=4, no_embed_class=True),
     "distilled": vit(block(), block(), distilled=True),
+    "distilled_no_classes": vit(block(), block(), distilled=True, num_classes=0),
     "average_pool_fc_norm": vit(block(), class_token=False, global_pool="avg", final_norm=False, fc_norm=True),
     "average_pool_final_norm": vit(block(), block(), global_pool="avg"),
     "average_pool_with_prefix": vit(block(), block(), global_pool="avg", pool_include_prefix=True),

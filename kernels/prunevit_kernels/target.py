@@ -61,6 +61,10 @@ class Target:
             expect(self.device.type == "cuda", "the cuda backend on a GPU", got=self.device)
             expect(self.dtype in HALF, "the cuda backend in fp16 or bf16", got=self.dtype)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without its threads: a copy starts its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "pool"}
+
     @property
     def alignment(self) -> int:
         """Columns between the starts of slices in a packed row: 16-byte copies on a GPU, no padding elsewhere."""

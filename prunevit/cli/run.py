@@ -9,7 +9,7 @@ import typer
 
 from ..errors import InputError, expect
 from ._models import expect_there
-from ._options import Backend, Checkpoint
+from ._options import Backend, BatchSize, Checkpoint
 from ._output import Json, percent, reporting, table
 
 Images = Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)]
@@ -17,7 +17,12 @@ TopK = Annotated[int, typer.Option(min=1, help="How many classes to name for eac
 
 
 def command(
-    checkpoint: Checkpoint, images: Images, top_k: TopK = 5, backend: Backend = "auto", as_json: Json = False
+    checkpoint: Checkpoint,
+    images: Images,
+    top_k: TopK = 5,
+    batch_size: BatchSize = 32,
+    backend: Backend = "auto",
+    as_json: Json = False,
 ) -> None:
     """Classify images with a checkpoint in the runtime; prints the most likely classes of each."""
     with reporting(as_json) as output:
@@ -27,7 +32,7 @@ def command(
         from ._models import open_runtime
 
         runtime = open_runtime(checkpoint, backend)
-        predictions = runtime.predict(images, top_k=top_k)
+        predictions = runtime.predict(images, top_k, batch_size)
         result = {
             "model": str(checkpoint),
             "backend": runtime.backend,

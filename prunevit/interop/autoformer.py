@@ -109,8 +109,11 @@ def from_autoformer(config: Config, state: Mapping[str, Tensor], **fields: Any) 
 
 def _subnet(config: Config) -> Mapping[str, Any]:
     if isinstance(config, str | os.PathLike):
-        with Path(config).open("rb") as file:
-            raw = file.read(MAX_YAML_BYTES + 1)
+        try:
+            with Path(config).open("rb") as file:
+                raw = file.read(MAX_YAML_BYTES + 1)
+        except OSError as error:
+            raise SpecError(f"{config}: expected a readable file, got {error.strerror}") from None
         expect(len(raw) <= MAX_YAML_BYTES, SpecError, f"at most {MAX_YAML_BYTES} bytes in {config}", got="more")
         try:
             config = yaml.safe_load(raw)

@@ -26,8 +26,11 @@ def spec_from_nvit(dim: Mapping[str, Any], **fields: Any) -> ViTSpec:
 
     ``fields`` are the spec's own where they are not a distilled DeiT's at 224 px. Raises :class:`SpecError`.
     """
+    expect(isinstance(dim, Mapping), SpecError, "a dim dictionary", got=type(dim).__name__)
     expect(set(dim) == set(FIELDS), SpecError, f"a dim dictionary with {', '.join(FIELDS)}", got=sorted(dim))
     columns: list[Sequence[int]] = [dim[name] for name in FIELDS[1:]]
+    lists = all(isinstance(column, list | tuple) for column in columns)
+    expect(lists, SpecError, f"lists of {', '.join(FIELDS[1:])}, one number a block", got=f"{columns!r:.80}")
     expect(len({len(column) for column in columns}) == 1, SpecError, "lists of one length", got=[*map(len, columns)])
     counts = dim["head"]
     fits = all(isinstance(count, int) and 0 <= count <= MAX_HEADS for count in counts)

@@ -17,8 +17,9 @@ def from_torch_pruning(model: nn.Module) -> PrunedViT:
     """The same network as a PrunedViT, with a copy of its weights; ``model`` is left as it is.
 
     Expects what Torch-Pruning's own example leaves: each attention's ``num_heads`` and ``head_dim`` edited after
-    pruning. All widths may have changed, the residual stream's too. The softmax scale is what the model computes with:
-    fused attention takes the pruned ``head_dim`` ** -0.5, unfused attention its ``scale``, which pruning leaves alone.
+    pruning, and either timm's ``forward`` or the example's in its place. All widths may have changed, the residual
+    stream's too. The softmax scale is what the model computes with: fused attention takes the pruned ``head_dim``
+    ** -0.5, unfused attention its ``scale``, which pruning leaves alone.
 
     Raises :class:`UnsupportedModel` naming the attribute.
     """
@@ -32,11 +33,14 @@ def from_torch_pruning(model: nn.Module) -> PrunedViT:
                 f"{attn.num_heads} × {attn.head_dim}: set num_heads = pruner.num_heads[attn.qkv] and "
                 "head_dim = qkv.out_features // (3 * num_heads) after pruning"
             )
-    # timm's own record of the width is what it was before pruning; the copy shares every module and parameter
-    view: Any = copy.copy(vit)
+    edited: Any = copy.deepcopy(vit)
+    for module in edited.modules():
+        if isinstance(module, Attention):
+            module.__dict__.pop("forward", None)  # the example's own, which reads the widths as pruning left them
+    # timm's own record of the width is what it was before pruning
     if isinstance(getattr(vit, "patch_embed", None), nn.Module):
-        view.embed_dim = vit.patch_embed.proj.out_channels
-    pruned = from_timm(view)
+        edited.embed_dim = vit.patch_embed.proj.out_channels
+    pruned = from_timm(edited)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     pruned.provenance = {"base_model": str(cfg.get("architecture", "vit")), "method": "torch-pruning"}
     return pruned

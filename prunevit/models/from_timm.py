@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from pydantic import ValidationError
-from timm.layers import AttentionPoolLatent, LayerScale, Mlp, PatchEmbed
+from timm.layers import AttentionPoolLatent, LayerScale, PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
@@ -15,6 +16,22 @@ from torch import nn
 from ..errors import CheckpointError, UnsupportedModel
 from ..spec import AttnPoolSpec, BlockSpec, ViTSpec
 from .block import act_of
+from .parts import (
+    DROPOUT,
+    IDENTITY,
+    LINEAR,
+    MLP,
+    NORM,
+    Part,
+    attention_parts,
+    first_refusal,
+    half_parts,
+    hooks_refusal,
+    kind_of,
+    mlp_parts,
+    replaced_refusal,
+    stem_and_head_refusal,
+)
 from .tensors import check_shapes
 from .vit import PrunedViT
 
@@ -22,10 +39,12 @@ from .vit import PrunedViT
 def from_timm(model: nn.Module) -> PrunedViT:
     """A timm ``VisionTransformer`` as a PrunedViT with a copy of its weights; the two agree to rounding.
 
-    Dropout rates, training mode and ``requires_grad`` are not carried over: they belong to a training run. Raises
-    :class:`UnsupportedModel` naming the attribute that no spec describes.
+    Dropout rates and ``requires_grad`` are not carried over: they belong to a training run. Raises
+    :class:`UnsupportedModel` naming the attribute that no spec describes, or the module that may compute something
+    else than its class does: one with a forward hook, or a method replaced.
     """
     spec, state = spec_of(model), model.state_dict()
+    _refuse(replaced_refusal(model) or hooks_refusal(model))
     pruned = PrunedViT(spec, device="meta")  # no memory and no initialisation: every tensor is the model's, copied
     pruned.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     pruned.to(state["patch_embed.proj.weight"].device)
@@ -45,20 +64,23 @@ def as_pruned(model: nn.Module) -> PrunedViT:
 
 def spec_of(model: nn.Module) -> ViTSpec:
     """The spec of a timm ``VisionTransformer``. Raises :class:`UnsupportedModel` naming the attribute."""
-    if _kind_of(model) not in (VisionTransformer, VisionTransformerDistilled):
+    if isinstance(model, PrunedViT):
+        raise UnsupportedModel("PrunedViT: expected a timm model, got what one becomes; its spec is model.spec")
+    if not isinstance(model, nn.Module) or kind_of(model) not in (VisionTransformer, VisionTransformerDistilled):
+        hint = "; prunevit.load reads a checkpoint" if isinstance(model, str | os.PathLike) else ""
         raise UnsupportedModel(
-            f"{type(model).__name__}: expected timm's VisionTransformer or VisionTransformerDistilled"
+            f"{type(model).__name__}: expected timm's VisionTransformer or VisionTransformerDistilled{hint}"
         )
     vit: Any = model
     distilled = isinstance(model, VisionTransformerDistilled)
-    _require(vit.patch_embed, "patch_embed", PatchEmbed)
-    _require(vit.patch_embed.proj, "patch_embed.proj", nn.Conv2d)
+    _refuse(first_refusal([Part("patch_embed", vit.patch_embed, (PatchEmbed,))]))
     if vit.patch_embed.img_size is None:
         raise UnsupportedModel("patch_embed.img_size is None: expected an image size that position embeddings fit")
     if vit.pos_embed is None:
         raise UnsupportedModel("pos_embed is None: expected a learned position embedding")
     norms, pool = _Norms(), vit.attn_pool
     blocks = tuple(_block_of(block, f"blocks.{i}", norms) for i, block in enumerate(vit.blocks))
+    _refuse(stem_and_head_refusal(vit))
     fields: dict[str, Any] = {
         "img_size": tuple(vit.patch_embed.img_size),
         "patch_size": tuple(vit.patch_embed.patch_size),
@@ -105,8 +127,7 @@ class _Norms:
     def has(self, module: nn.Module, where: str) -> bool:
         if isinstance(module, nn.Identity):
             return False
-        if not isinstance(module, nn.LayerNorm):
-            raise UnsupportedModel(f"{where} is {type(module).__name__}: expected LayerNorm or none")
+        assert isinstance(module, nn.LayerNorm), "the parts are looked at first"
         if module.weight is None or module.bias is None:
             raise UnsupportedModel(f"{where}: expected a LayerNorm with weight and bias")
         if self.eps is None:
@@ -117,19 +138,16 @@ class _Norms:
 
 
 def _block_of(block: nn.Module, where: str, norms: _Norms) -> BlockSpec:
-    _require(block, where, TimmBlock)
     b: Any = block
+    _refuse(first_refusal([Part(where, block, (TimmBlock,))]))
     attn: Any = b.attn
-    _require(attn, f"{where}.attn", Attention)
-    _require(b.mlp, f"{where}.mlp", Mlp)
-    for name, module in ((f"{where}.attn.{n}", getattr(attn, n, None)) for n in ("q_norm", "k_norm", "norm", "gate")):
-        _absent(module, name)
-    _absent(getattr(b.mlp, "norm", None), f"{where}.mlp.norm")
-    for linear in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
-        _require(block.get_submodule(linear), f"{where}.{linear}", nn.Linear)
+    _refuse(first_refusal([Part(f"{where}.attn", attn, (Attention,)), Part(f"{where}.mlp", b.mlp, MLP)]))
+    if getattr(attn, "gate", None) is not None:
+        raise UnsupportedModel(f"{where}.attn.gate is {type(attn.gate).__name__}: expected none")
+    halves = (*half_parts(b, "1", f"{where}."), *half_parts(b, "2", f"{where}."))
+    _refuse(first_refusal([*attention_parts(attn, f"{where}.attn."), *mlp_parts(b.mlp, f"{where}.mlp."), *halves]))
     for name in ("norm1", "norm2"):
-        if not norms.has(getattr(b, name), f"{where}.{name}"):
-            raise UnsupportedModel(f"{where}.{name} is Identity: expected LayerNorm")
+        norms.has(getattr(b, name), f"{where}.{name}")
     return BlockSpec(
         qk_dims=(attn.head_dim,) * attn.num_heads,
         v_dims=(attn.head_dim,) * attn.num_heads,
@@ -169,24 +187,25 @@ def _same_in_all_blocks(vit: Any) -> dict[str, Any]:
 
 
 def _attn_pool_of(pool: nn.Module, norms: _Norms) -> AttnPoolSpec:
-    _require(pool, "attn_pool", AttentionPoolLatent)
     p: Any = pool
-    _absent(p.q_norm, "attn_pool.q_norm")
+    name = "attn_pool."
+    _refuse(first_refusal([Part("attn_pool", pool, (AttentionPoolLatent,))]))
+    parts = [
+        *(Part(name + linear, getattr(p, linear), LINEAR) for linear in ("q", "kv", "proj")),
+        *(Part(name + norm, getattr(p, norm), IDENTITY) for norm in ("q_norm", "k_norm")),
+        Part(f"{name}proj_drop", p.proj_drop, DROPOUT),
+        Part(f"{name}norm", p.norm, NORM),
+        Part(f"{name}mlp", p.mlp, MLP),
+    ]
+    _refuse(first_refusal(parts) or first_refusal(mlp_parts(p.mlp, f"{name}mlp.")))
+    if p.pool != "token":
+        raise UnsupportedModel(f"attn_pool.pool is {p.pool!r}: expected 'token'")
+    if scale_of(p) != p.head_dim**-0.5:
+        raise UnsupportedModel(f"attn_pool.scale is {p.scale}: expected {p.head_dim**-0.5}")
     norms.has(p.norm, "attn_pool.norm")
     return AttnPoolSpec(num_heads=p.num_heads, mlp_dim=p.mlp.fc1.out_features)
 
 
-def _require(module: nn.Module, where: str, kind: type[nn.Module]) -> None:
-    if _kind_of(module) is not kind:
-        raise UnsupportedModel(f"{where} is {type(module).__name__}: expected {kind.__name__}")
-
-
-def _kind_of(module: nn.Module) -> type[nn.Module]:
-    """Its type, or what it was before ``prunevit.accelerate`` gave it another that computes the same."""
-    kind: type[nn.Module] = getattr(type(module), "runs_without", type(module))
-    return kind
-
-
-def _absent(module: nn.Module | None, where: str) -> None:
-    if module is not None and not isinstance(module, nn.Identity):
-        raise UnsupportedModel(f"{where} is {type(module).__name__}: expected none")
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise UnsupportedModel(reason)

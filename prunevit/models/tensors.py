@@ -55,6 +55,19 @@ def check_shapes(spec: ViTSpec, found: Mapping[str, tuple[int, ...]], where: str
             raise CheckpointError(f"{where}: {name}: expected no such tensor of this spec, got {list(shape)}")
 
 
+def check_state(spec: ViTSpec, state: Mapping[str, Tensor], where: str) -> None:
+    """Raise :class:`CheckpointError` for tensors that no checkpoint of this spec holds."""
+    check_shapes(spec, {name: tuple(tensor.shape) for name, tensor in state.items()}, where)
+    first = next(iter(state.values())).dtype
+    for name, tensor in state.items():
+        if tensor.dtype not in FLOATS.values() or tensor.dtype != first:
+            raise CheckpointError(
+                f"{where}: {name}: expected one of {', '.join(FLOATS)}, the same for all, got {tensor.dtype} "
+                f"beside {first}"
+            )
+        check_finite(name, tensor, where)
+
+
 def check_finite(name: str, tensor: Tensor, where: str) -> Tensor:
     """Raise :class:`CheckpointError` for NaN or infinite weights."""
     if not bool(torch.isfinite(tensor).all()):

@@ -14,8 +14,9 @@ from prunevit_kernels import MAX_HEAD_DIM
 from ..models.block import RaggedAttention as EagerAttention
 from ..models.block import init_linear
 from ..models.from_timm import scale_of
+from ..models.parts import attention_parts
 from ..spec import BlockSpec, ViTSpec
-from ._module import DROPOUT, IDENTITY, LINEAR, KernelModule, Part, parts_refusal, tensors_refusal
+from ._module import KernelModule, parts_refusal, tensors_refusal
 
 
 class Heads(NamedTuple):
@@ -32,19 +33,6 @@ def heads_of(attn: Any) -> Heads:
         return Heads(attn.qk_dims, attn.v_dims, attn.scale)
     dims = [attn.head_dim] * attn.num_heads
     return Heads(dims, dims, scale_of(attn))
-
-
-def attention_parts(attn: Any, name: str) -> list[Part]:
-    parts = [
-        Part(f"{name}qkv", attn.qkv, LINEAR),
-        Part(f"{name}proj", attn.proj, LINEAR),
-        Part(f"{name}proj_drop", attn.proj_drop, DROPOUT),
-    ]
-    if not isinstance(attn, EagerAttention):
-        parts.append(Part(f"{name}attn_drop", attn.attn_drop, DROPOUT))
-        norms = [norm for norm in ("q_norm", "k_norm", "norm") if getattr(attn, norm, None) is not None]
-        parts += [Part(f"{name}{norm}", getattr(attn, norm), IDENTITY) for norm in norms]
-    return parts
 
 
 def attention_refusal(attn: Any, name: str) -> str | None:

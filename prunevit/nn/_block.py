@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm, LayerScale, Mlp
 from torch import Tensor, nn
 
 from prunevit_kernels.library import plain
 
 from ..models.block import Block as EagerBlock
 from ..models.block import act_of, read_channels, write_channels
+from ..models.parts import MLP, Part, half_parts
 from ..spec import Act, BlockSpec
 from ._attention import (
     ATTENTIONS,
@@ -24,12 +24,8 @@ from ._attention import (
     widths_refusal,
 )
 from ._mlp import mlp_refusal
-from ._module import PATH, KernelModule, Part, parts_refusal, tensors_refusal, untraced
+from ._module import KernelModule, parts_refusal, tensors_refusal, untraced
 from ._ready import ready, tensors
-
-NORM = (nn.LayerNorm, LayerNorm)
-SCALE = (LayerScale, nn.Identity)
-MLP = (Mlp,)
 
 
 class BlockOnKernels(KernelModule):
@@ -71,10 +67,7 @@ class BlockOnKernels(KernelModule):
         return parts_refusal([Part(name, getattr(self, name), types)])
 
     def _half_refusal(self, half: str) -> str | None:
-        norm, scale, path = (getattr(self, name + half) for name in ("norm", "ls", "drop_path"))
-        return parts_refusal(
-            [Part(f"norm{half}", norm, NORM), Part(f"ls{half}", scale, SCALE), Part(f"drop_path{half}", path, PATH)]
-        )
+        return parts_refusal(half_parts(self, half))
 
     def _width_refusal(self, half: str, x: Tensor) -> str | None:
         shape = getattr(self, "norm" + half).normalized_shape

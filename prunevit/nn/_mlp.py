@@ -5,29 +5,19 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from timm.layers import GELUTanh, Mlp, QuickGELU
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from ..models.block import ACTIVATIONS, act_of
+from ..models.parts import mlp_parts
 from ..spec import Act
 from ._attention import init_linears
-from ._module import DROPOUT, IDENTITY, LINEAR, KernelModule, Part, parts_refusal, tensors_refusal
-
-ACTS = (nn.GELU, GELUTanh, QuickGELU, nn.ReLU)
+from ._module import KernelModule, parts_refusal, tensors_refusal
 
 
 def mlp_refusal(mlp: Any, name: str) -> str | None:
     """Why kernels cannot compute what this MLP computes, its tensors aside."""
-    return parts_refusal(
-        [
-            Part(f"{name}fc1", mlp.fc1, LINEAR),
-            Part(f"{name}act", mlp.act, ACTS),
-            Part(f"{name}drop1", mlp.drop1, DROPOUT),
-            Part(f"{name}norm", mlp.norm, IDENTITY),
-            Part(f"{name}fc2", mlp.fc2, LINEAR),
-            Part(f"{name}drop2", mlp.drop2, DROPOUT),
-        ]
-    )
+    return parts_refusal(mlp_parts(mlp, name))
 
 
 class MlpOnKernels(KernelModule):

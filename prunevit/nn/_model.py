@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import PatchDropout
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -21,14 +20,15 @@ from prunevit_kernels.library import packs, target_of
 from ..errors import CheckpointError, UnsupportedModel
 from ..models.block import act_of
 from ..models.from_timm import spec_of
+from ..models.parts import kind_of, replaced_refusal, stem_and_head_refusal
 from ..models.tensors import check_shapes
 from ..models.vit import PrunedViT
 from ..runtime.engine import Engine
 from ..runtime.plan import make_plan
 from ..spec import ViTSpec
 from ._attention import heads_of
-from ._block import NORM, BlockOnKernels
-from ._module import DROPOUT, IDENTITY, LINEAR, KernelModule, Part, parts_refusal, tensors_refusal, untraced
+from ._block import BlockOnKernels
+from ._module import KernelModule, tensors_refusal, untraced
 from ._snapshot import Known
 
 MAX_PROGRAMS = 4  # input shapes that a pack keeps buffers for
@@ -124,7 +124,7 @@ def _spec_of(model: Any) -> ViTSpec:
 
 
 def _kind(module: nn.Module) -> type:
-    kind: type = getattr(type(module), "runs_without", type(module))
+    kind = kind_of(module)
     return nn.Identity if kind is nn.Dropout or kind.__name__ in ("DropPath", "PatchDropout") else kind
 
 
@@ -133,28 +133,9 @@ def _parts_reason(model: Any) -> str | None:
     for name, module in model.named_modules():
         if module.training:
             return f"{name or 'the model'} is in training mode"
-        replaced = [key for key in module.__dict__ if callable(getattr(type(module), key, None))]
-        if replaced:
-            return f"{name or type(module).__name__}.{replaced[0]} is replaced"
     if len(list(model.named_modules(remove_duplicate=False))) != len(list(model.named_modules())):
         return "a module occurs twice"  # and its parameters under one of their names
-    optional = (*NORM, nn.Identity)
-    parts = [
-        Part("pos_drop", model.pos_drop, DROPOUT),
-        Part("patch_drop", model.patch_drop, (PatchDropout, nn.Identity)),
-        Part("patch_embed.proj", model.patch_embed.proj, (nn.Conv2d,)),
-        Part("patch_embed.norm", model.patch_embed.norm, optional),
-        Part("blocks", model.blocks, (nn.Sequential,)),
-        Part("head_drop", model.head_drop, DROPOUT),
-        Part("head", model.head, LINEAR + IDENTITY),
-        *(Part(name, getattr(model, name), optional) for name in ("norm_pre", "norm", "fc_norm")),
-    ]
-    reason = parts_refusal(parts)
-    proj = model.patch_embed.proj
-    plain = (model.patch_embed.patch_size, (0, 0), (1, 1), 1, "zeros")
-    if (proj.stride, proj.padding, proj.dilation, proj.groups, proj.padding_mode) != plain:
-        reason = reason or "patch_embed.proj is no plain cut into patches"
-    return reason
+    return replaced_refusal(model) or stem_and_head_refusal(model)
 
 
 def _spec_reason(model: Any, spec: ViTSpec) -> str | None:

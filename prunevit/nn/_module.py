@@ -6,7 +6,7 @@ import itertools
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from timm.layers import DropPath
@@ -19,6 +19,7 @@ from prunevit_kernels import BackendName
 from prunevit_kernels.target import BUILD_COMMAND, HALF, cpu_extension_built
 
 from ..errors import InputError, expect
+from ..models.parts import Part, part_refusal
 from ._snapshot import Known
 
 Backend = BackendName | Literal["auto"]
@@ -45,19 +46,6 @@ class Options:
         expect(self.check in ("contents", "versions"), InputError, "check contents or versions", got=self.check)
         built = CPU_KERNELS or self.backend != "cpu"
         expect(built, InputError, f"the C++ kernels (build them: {BUILD_COMMAND})", got="none built")
-
-
-class Part(NamedTuple):
-    """A submodule that a kernel replaces: only if it is of these exact types, and nobody listens to it."""
-
-    name: str
-    module: nn.Module
-    types: tuple[type[nn.Module], ...]
-
-
-LINEAR, IDENTITY = (nn.Linear,), (nn.Identity,)
-DROPOUT = (nn.Dropout, nn.Identity)
-PATH = (DropPath, nn.Identity)
 
 
 class KernelModule(nn.Module):
@@ -128,22 +116,21 @@ _refusals: Known[str | None] = Known(lambda module: module._look())
 
 def parts_refusal(parts: Iterable[Part]) -> str | None:
     """Why kernels cannot stand for these submodules."""
-    for name, module, types in parts:
-        if type(module) not in types:
-            return f"{name} is a {type(module).__name__}"
-        if len(module._forward_hooks) or len(module._forward_pre_hooks):
-            return f"{name} has a forward hook"
-        if "forward" in module.__dict__:
-            return f"{name}.forward is replaced"
-        if module.training:
-            rate: Any = 0.0
-            if type(module) is nn.Dropout:
-                rate = module.p
-            elif type(module) is DropPath:
-                rate = module.drop_prob
-            if rate:
-                return f"{name} drops at a rate of {rate:.3g} in training"
+    for part in parts:
+        reason = part_refusal(part) or _drop_refusal(part)
+        if reason is not None:
+            return reason
     return None
+
+
+def _drop_refusal(part: Part) -> str | None:
+    name, module, _ = part
+    rate: Any = 0.0
+    if type(module) is nn.Dropout:
+        rate = module.p
+    elif type(module) is DropPath:
+        rate = module.drop_prob
+    return f"{name} drops at a rate of {rate:.3g} in training" if rate and module.training else None
 
 
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)

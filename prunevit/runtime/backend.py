@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from prunevit_kernels import BACKENDS, BackendName, ContractError, Target
+from prunevit_kernels.cpu import extension
 from prunevit_kernels.target import BUILD_COMMAND, HALF, cpu_extension_built
 
 from ..errors import CheckpointError, InputError, UntunedMachine, expect
@@ -42,7 +43,14 @@ def choose_target(
     chosen = _automatic(device, dtype) if backend == "auto" else backend
     if dtype is None:
         dtype = torch.bfloat16 if chosen == "cuda" else torch.float32
-    target = Target(chosen, device, dtype, cores() if threads is None else threads)
+    native = extension() if chosen == "cpu" else None
+    try:
+        target = Target(chosen, device, dtype, cores() if threads is None else threads)
+        if native is not None:
+            native.isa()  # one that this machine has not, and a pool that is too large, are said here by name
+            _ = target.pool
+    except (ValueError, getattr(native, "IsaError", ValueError)) as error:
+        raise InputError(str(error)) from None
     logger.info("backend %s on %s in %s", chosen, device, str(dtype).removeprefix("torch."))
     return target
 

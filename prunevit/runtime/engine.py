@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -141,6 +143,7 @@ class Engine:
         self.packed: OrderedDict[tuple[int, int], PackedPlan] = OrderedDict()
         self.programs: OrderedDict[ShapeKey, Program] = OrderedDict()
         self.lock = threading.Lock()
+        _engines.add(self)
 
     def __call__(self, images: Tensor) -> Tensor:
         with self.turn():
@@ -206,3 +209,16 @@ class Engine:
                 stacklevel=4,
             )
         return program
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """A child has no other thread: whoever held a lock in the parent will not give it back here."""
+    for engine in _engines:
+        engine.lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

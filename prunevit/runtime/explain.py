@@ -169,7 +169,8 @@ def explain(runtime: Runtime, batch: int = 1, rounds: int = 20, img_size: tuple[
     expect(rounds >= 1, InputError, "at least one round", got=rounds)
     spec, target, engine = runtime.spec, runtime.target, runtime._engine
     height, width = img_size or spec.img_size
-    images = torch.randn(batch, spec.in_chans, height, width, generator=torch.Generator().manual_seed(0))
+    shape, chance = (batch, spec.in_chans, height, width), torch.Generator().manual_seed(0)
+    images = torch.randn(shape, generator=chance, dtype=torch.float32)
     # through the door, for its checks and its padding of odd sizes
     images = runtime._door.admit(images.to(target.device))
     probe = PeakProbe(target)

@@ -127,6 +127,8 @@ def pool_head_op(spec: ViTSpec, weights: Weights) -> PoolHead:
     fc_norm = weights.affine("fc_norm") if spec.fc_norm else None
     pool: Pool = "none" if spec.global_pool == "" or spec.global_pool == "map" else spec.global_pool
     prefix = 0 if spec.pool_include_prefix else spec.num_prefix_tokens
+    if spec.distilled and spec.num_classes == 0:
+        pool, prefix = "avg", 0  # of the two tokens that are all it is given
     if spec.global_pool == "map" or spec.num_classes == 0:
         return PoolHead(spec.embed_dim, pool, prefix, spec.norm_eps, _single(norm), _single(fc_norm))
     weight, bias = weights["head.weight"], weights["head.bias"]

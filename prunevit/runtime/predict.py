@@ -37,11 +37,9 @@ class Predictor:
         self.mode = "L" if spec.in_chans == 1 else "RGB"
         self.labels = _labels(pretrained_cfg, spec.num_classes)
 
-    def prepare(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
-        """[B, C, H, W] from one image or several."""
-        several = [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
-        expect(len(several) > 0, InputError, "at least one image", got="none")
-        return torch.stack([self.transform(self._open(image)) for image in several])
+    def prepare(self, images: Sequence[ImageLike]) -> Tensor:
+        """[B, C, H, W] in fp32, whatever PyTorch's default is."""
+        return torch.stack([self.transform(self._open(image)) for image in images]).float()
 
     def _open(self, image: ImageLike) -> Image.Image:
         if isinstance(image, Image.Image):
@@ -57,7 +55,6 @@ class Predictor:
 
     def top(self, logits: Tensor, top_k: int) -> list[list[Prediction]]:
         """The most likely classes of each row, best first."""
-        expect(top_k >= 1, InputError, "top_k of at least 1", got=top_k)
         probabilities = logits.float().softmax(dim=-1).cpu()
         best = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
         return [

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
@@ -22,7 +23,7 @@ from .door import Door
 from .engine import Engine
 from .graphs import recorder_for
 from .plan import Plan, make_plan
-from .predict import Prediction, Predictor
+from .predict import ImageLike, Prediction, Predictor
 
 if TYPE_CHECKING:
     from .explain import Explanation
@@ -39,7 +40,7 @@ class Runtime:
     tile sizes by GPU, the checkpoint's own tuning.json by default; :class:`UntunedMachine` warns where it has none.
 
     The weights are copied and laid out here: later changes to the model do not reach the runtime. Calls from several
-    threads are safe.
+    threads are safe, and so are those of a child after a fork. A runtime can be copied and pickled.
 
     Raises :class:`CheckpointError`, :class:`SpecError`, :class:`UnsupportedModel`; at calls :class:`InputError`.
     """
@@ -57,6 +58,7 @@ class Runtime:
         cuda_graphs: bool = True,
         tuning: str | os.PathLike[str] | None = None,
     ) -> None:
+        expect(max_programs >= 1, InputError, "max_programs of at least 1", got=max_programs)
         source = checkpoint.model_of(model)
         self.spec = source.spec
         self.target = tuned(choose_target(device, dtype, backend, threads), _tuning_file(model, tuning))
@@ -65,15 +67,26 @@ class Runtime:
         self._tensors = {name: tensor.detach().cpu().clone() for name, tensor in source.state_dict().items()}
         self.name, self.dense_spec = _name_of(model, source), _dense_spec(source)
         self._door = Door(self.spec, self.target.device, self.target.dtype)
-        self._engine = Engine(self._make_plan, self.target, max_programs, recorder_for(self.target, cuda_graphs))
+        self._max_programs, self._cuda_graphs = max_programs, cuda_graphs
+        self._engine = self._new_engine()
         self._predictor = Predictor(source.pretrained_cfg, self.spec)
 
-    def _make_plan(self, img_size: tuple[int, int]) -> Plan:
-        return make_plan(self.spec, self._tensors, self.target, img_size)
+    def _new_engine(self) -> Engine:
+        # it does not know the runtime: in a cycle, threads and GPU memory would stay until Python looks for cycles
+        plan_of = partial(make_plan, self.spec, self._tensors, self.target)
+        return Engine(plan_of, self.target, self._max_programs, recorder_for(self.target, self._cuda_graphs))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, here or in another process, packs for itself: what is packed and bound holds addresses."""
+        return {name: value for name, value in self.__dict__.items() if name != "_engine"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._engine = self._new_engine()
 
     def plan(self, img_size: tuple[int, int] | None = None) -> Plan:
         """The steps that a call runs, at the spec's image size or another."""
-        return self._make_plan(img_size or self.spec.img_size)
+        return make_plan(self.spec, self._tensors, self.target, img_size or self.spec.img_size)
 
     @property
     def backend(self) -> BackendName:
@@ -104,27 +117,38 @@ class Runtime:
 
     def predict(
         self,
-        images: str | os.PathLike[str] | Image.Image | Sequence[str | os.PathLike[str] | Image.Image],
+        images: ImageLike | Sequence[ImageLike],
         top_k: int = 5,
+        batch_size: int = 32,
     ) -> list[list[Prediction]]:
         """The ``top_k`` classes of each image, most likely first, with the label names that timm knows.
 
-        Images are paths or PIL images, prepared by the checkpoint's own data config (size, crop, mean, std).
+        Images are paths or PIL images, prepared by the checkpoint's own data config (size, crop, mean, std), and read
+        and run ``batch_size`` at a time.
         """
         expect(self.spec.num_classes > 0, InputError, "a model with a classifier to predict with", got="num_classes 0")
-        batch = self._predictor.prepare(images)
-        return self._predictor.top(self(batch.to(self.device)), top_k)
+        expect(top_k >= 1, InputError, "top_k of at least 1", got=top_k)
+        expect(batch_size >= 1, InputError, "batch_size of at least 1", got=batch_size)
+        several = [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
+        expect(len(several) > 0, InputError, "at least one image", got="none")
+        predictions = []
+        for start in range(0, len(several), batch_size):
+            batch = self._predictor.prepare(several[start : start + batch_size])
+            predictions += self._predictor.top(self(batch.to(self.device)), top_k)
+        return predictions
 
     def warmup(self, batch: int | Iterable[int] = 1, img_size: tuple[int, int] | None = None) -> Runtime:
         """Pack, plan, compile and record for one batch size or several, so that no request has to.
 
         Several are prepared largest first: the others then share its memory.
         """
-        batches = [batch] if isinstance(batch, int) else sorted(set(batch), reverse=True)
-        expect(all(size >= 1 for size in batches), InputError, "batches of at least one image", got=batches)
+        batches = sorted(set(batch), reverse=True) if isinstance(batch, Iterable) else [batch]
+        fits = all(isinstance(size, int) and size >= 1 for size in batches)
+        expect(fits, InputError, "batches of at least one image", got=batches)
         height, width = img_size or self.spec.img_size
         for size in batches:
-            images = torch.zeros(size, self.spec.in_chans, height, width, device=self.device)
+            shape = (size, self.spec.in_chans, height, width)
+            images = torch.zeros(shape, dtype=self.dtype, device=self.device)
             self._engine.warm(self._door.admit(images))
         return self
 

@@ -129,6 +129,8 @@ class _Sizes(Walk):
         mapped = spec.global_pool == "map"
         pool = "tokens" if spec.distilled else "none" if spec.global_pool in ("", "map") else spec.global_pool
         prefix = 0 if spec.pool_include_prefix else spec.num_prefix_tokens
+        if spec.distilled and not spec.num_classes:
+            pool, prefix = "avg", 0
         classes = 0 if mapped else spec.num_classes
         fixed = (pool, prefix, spec.final_norm, spec.fc_norm, classes)
         features = View("features", self.tokens, self.width)

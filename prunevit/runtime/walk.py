@@ -38,6 +38,8 @@ class Walk(ABC):
             self.attention(index, block)
             self._select(index, block.select, "mlp")
             self.mlp(index, block)
+        if self.spec.distilled and not self.spec.num_classes:
+            self.first = 2  # without heads to read them, timm averages the class and distillation tokens
         self.head()
 
     @property

@@ -108,3 +108,5 @@ def test_refuses_what_does_not_fit(tmp_path: Path) -> None:
     broken.write_text("RETRAIN: [")
     with pytest.raises(SpecError, match="expected YAML"):
         spec_from_autoformer(broken)
+    with pytest.raises(SpecError, match=r"missing\.yaml: expected a readable file, got No such file"):
+        spec_from_autoformer(tmp_path / "missing.yaml")

@@ -101,6 +101,10 @@ def test_refuses_what_does_not_fit() -> None:
     state = nvit().state_dict()
     with pytest.raises(SpecError, match="dim dictionary with EMB"):
         spec_from_nvit({"EMB": 3})
+    with pytest.raises(SpecError, match="a dim dictionary, got NoneType"):
+        spec_from_nvit(None)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="lists of QK, V, MLP, head, one number a block, got"):
+        spec_from_nvit({**DIM, "QK": 40})
     with pytest.raises(SpecError, match="lists of one length"):
         spec_from_nvit({**DIM, "V": [4]})
     with pytest.raises(SpecError, match="up to 256 heads"):

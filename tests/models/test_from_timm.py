@@ -179,6 +179,17 @@ def test_dtype_and_origin_come_along() -> None:
     assert pruned.pretrained_cfg["crop_pct"] == 0.9
 
 
+class Doubled(LayerNorm):
+    @classmethod
+    def of(cls, norm: nn.LayerNorm) -> nn.LayerNorm:
+        doubled = cls(norm.normalized_shape, eps=norm.eps)
+        doubled.load_state_dict(norm.state_dict())
+        return doubled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
 def altered(change: str) -> nn.Module:
     model: Any = tiny("vit_tiny_patch16_224", init_values=0.1, global_pool="map" if "pool" in change else "token")
     block, width = model.blocks[1], model.embed_dim
@@ -214,6 +225,32 @@ def altered(change: str) -> nn.Module:
         model.attn_pool.q_norm = LayerNorm(model.attn_pool.head_dim)
     elif change == "pool_activation":
         model.attn_pool.mlp.act = nn.ReLU()
+    elif change == "pool_of_its_tokens":
+        model.attn_pool.pool = "avg"
+    elif change == "overlapping_patches":
+        model.patch_embed.proj.stride = (2, 2)
+    elif change == "padded_patches":
+        model.patch_embed.proj.padding = (4, 4)
+    elif change == "norm_of_ones_own":
+        block.norm1 = Doubled.of(block.norm1)
+    elif change == "activation_of_ones_own":
+        block.mlp.act = type("Own", (nn.GELU,), {})()
+    elif change == "scale_without_weights":
+        block.ls1 = nn.Hardtanh()
+    elif change == "head_of_ones_own":
+        model.head = type("Cosine", (nn.Linear,), {})(width, 1000)
+    elif change == "dropout_of_ones_own":
+        model.pos_drop = nn.Hardtanh()
+    elif change == "quantised":
+        block.attn.qkv = type("Linear", (nn.Linear,), {"__module__": "quantised"})(width, 3 * width)
+    elif change == "hook_before":
+        block.mlp.register_forward_pre_hook(lambda module, x: (2 * x[0],))
+    elif change == "hook_on_the_model":
+        model.register_forward_hook(lambda module, x, y: 2 * y)
+    elif change == "own_forward":
+        block.attn.forward = lambda x, **how: 2 * x
+    elif change == "own_method":
+        model.pool = lambda x: x.mean(1)
     return model  # type: ignore[no-any-return]
 
 
@@ -228,12 +265,25 @@ ATTRIBUTES = {
     "attention_gate": r"blocks\.1\.attn\.gate is Linear",
     "query_norm": r"blocks\.1\.attn\.q_norm is LayerNorm",
     "mlp_norm": r"blocks\.1\.mlp\.norm is LayerNorm",
-    "another_head": r"head\.weight",
+    "another_head": r"head is Sequential",
     "adapter": r"blocks\.1\.attn\.proj is Sequential",
     "pruned_rows": r"blocks\.1\.attn\.qkv\.weight",
     "no_positions": r"pos_embed is None",
     "pool_query_norm": r"attn_pool\.q_norm is LayerNorm",
     "pool_activation": r"attn_pool\.mlp\.act",
+    "pool_of_its_tokens": r"attn_pool\.pool is 'avg'",
+    "overlapping_patches": r"patch_embed\.proj is no plain cut into patches",
+    "padded_patches": r"patch_embed\.proj is no plain cut into patches",
+    "norm_of_ones_own": r"blocks\.1\.norm1 is Doubled: expected LayerNorm$",
+    "activation_of_ones_own": r"blocks\.1\.mlp\.act is Own: expected GELU or GELUTanh",
+    "scale_without_weights": r"blocks\.1\.ls1 is Hardtanh: expected LayerScale or Identity",
+    "head_of_ones_own": r"head is Cosine: expected Linear or Identity",
+    "dropout_of_ones_own": r"pos_drop is Hardtanh",
+    "quantised": r"blocks\.1\.attn\.qkv is quantised\.Linear: expected Linear",
+    "hook_before": r"blocks\.1\.mlp has a forward hook",
+    "hook_on_the_model": r"VisionTransformer has a forward hook, which may change what it computes: remove it",
+    "own_forward": r"blocks\.1\.attn\.forward is replaced",
+    "own_method": r"VisionTransformer\.pool is replaced",
 }
 
 
@@ -247,6 +297,13 @@ def test_a_changed_model_is_refused_by_attribute(change: str) -> None:
 def test_another_architecture_is_refused_by_class(name: str) -> None:
     with pytest.raises(UnsupportedModel, match="expected timm's VisionTransformer"):
         spec_of(timm.create_model(name))
+
+
+def test_what_is_no_timm_model_is_told_what_to_do() -> None:
+    with pytest.raises(UnsupportedModel, match=r"str: expected timm's .*prunevit\.load reads a checkpoint"):
+        from_timm("checkpoint")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModel, match=r"PrunedViT: .* its spec is model\.spec"):
+        from_timm(from_timm(tiny("vit_tiny_patch16_224")))
 
 
 def test_a_prr_pool_is_refused() -> None:

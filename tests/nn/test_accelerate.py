@@ -189,11 +189,11 @@ def own_forward(model: Any) -> None:
 
 
 REFUSED = {
-    "qk_norm": ({"qk_norm": True}, lambda m: None, "attn.q_norm is a LayerNorm"),
-    "swiglu": ({"mlp_layer": timm.layers.SwiGLU}, lambda m: None, "mlp is a SwiGLU"),
+    "qk_norm": ({"qk_norm": True}, lambda m: None, "attn.q_norm is LayerNorm"),
+    "swiglu": ({"mlp_layer": timm.layers.SwiGLU}, lambda m: None, "mlp is SwiGLU"),
     "hook_inside": ({}, hook_inside, "attn.qkv has a forward hook"),
-    "lora": ({}, lora_inside, "attn.proj is a Lora"),
-    "weight_norm": ({}, parametrize_inside, "mlp.fc1 is a ParametrizedLinear"),
+    "lora": ({}, lora_inside, "attn.proj is Lora"),
+    "weight_norm": ({}, parametrize_inside, "mlp.fc1 is ParametrizedLinear"),
     "own_forward": ({}, own_forward, "attn.forward is replaced"),
     "wide_heads": ({"embed_dim": 258}, lambda m: None, "attn has a head wider than 128"),
     "dropout": ({"proj_drop_rate": 0.3}, lambda m: m.train(), "drops at a rate of 0.3 in training"),

@@ -48,6 +48,7 @@ def test_no_classifier_and_a_distilled_one() -> None:
         ("vit_tiny_patch16_224", {"num_classes": 0}),
         ("vit_tiny_patch16_224", {"num_classes": 0, "global_pool": ""}),
         ("deit_tiny_distilled_patch16_224", {}),
+        ("deit_tiny_distilled_patch16_224", {"num_classes": 0}),
     ):
         eager = tiny(name, **fields)
         model = accelerate(copy.deepcopy(eager))

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,7 +141,6 @@ WRONG_INPUTS = {
     "size": (GOOD[..., :8].contiguous(), r"images of 12 × 16 pixels, got \(12, 8\)"),
     "dtype": (GOOD.double(), r"expected float32 images, got torch.float64"),
     "integers": ((GOOD * 9).to(torch.uint8), r"expected float32 images, got torch.uint8"),
-    "layout": (GOOD.to(memory_format=torch.channels_last), r"contiguous NCHW images .*got strides"),
     "nan": (GOOD.clone().index_fill_(0, torch.tensor([1]), float("nan")), r"finite pixel values, got NaN"),
     "infinity": (GOOD.clone().index_fill_(0, torch.tensor([1]), float("inf")), r"finite pixel values, got NaN or inf"),
     "device": (GOOD.to("meta"), r"images on cpu .*got meta"),
@@ -144,6 +153,20 @@ def test_a_wrong_input_is_refused_by_name(name: str) -> None:
     runtime = Runtime(random_model(SPECS["uniform"]), device="cpu")
     with pytest.raises(InputError, match=message):
         runtime(images)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_images_of_any_layout_are_taken(backend: str) -> None:
+    runtime = Runtime(random_model(SPECS["uniform"]), device="cpu", backend=backend)
+    want, one = runtime(GOOD), runtime(GOOD[:1])
+    for images in (
+        GOOD.to(memory_format=torch.channels_last),
+        GOOD.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+        GOOD.repeat(1, 1, 1, 2)[..., :16],
+    ):
+        assert not images.is_contiguous()
+        assert torch.equal(runtime(images), want)
+    torch.testing.assert_close(runtime(GOOD[:1].expand(3, -1, -1, -1)), one.expand(3, -1))
 
 
 def test_nan_checks_can_be_turned_off() -> None:
@@ -161,6 +184,81 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 def test_no_threads_is_an_error(threads: int) -> None:
     with pytest.raises(InputError, match=f"at least one thread, got {threads}"):
         Runtime(random_model(SPECS["uniform"]), device="cpu", threads=threads)
+
+
+WRONG_OPTIONS = {
+    "programs": ({"max_programs": 0}, "max_programs of at least 1, got 0"),
+    "too_many_threads": ({"backend": "cpu", "threads": 100_000}, "expected 1 to 1024 threads, got 100000"),
+    "dtype_of_the_cpu_backend": ({"backend": "cpu", "dtype": torch.float16}, "the cpu backend in fp32, got torch.fl"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OPTIONS)
+def test_a_wrong_option_is_refused_by_name(name: str) -> None:
+    options, message = WRONG_OPTIONS[name]
+    with pytest.raises(InputError, match=message):
+        Runtime(random_model(SPECS["uniform"]), device="cpu", **options)
+
+
+@pytest.mark.parametrize("batch", [0, 1.5, [1, 0], [2.5]])
+def test_warmup_refuses_what_is_no_batch(batch: object) -> None:
+    with pytest.raises(InputError, match="batches of at least one image"):
+        Runtime(random_model(SPECS["uniform"]), device="cpu").warmup(batch)  # type: ignore[arg-type]
+
+
+def test_an_instruction_set_that_is_not_there_is_named() -> None:
+    script = "import prunevit\nfrom tests.specs import SPECS, random_model\n"
+    script += "try: prunevit.Runtime(random_model(SPECS['uniform']), device='cpu', backend='cpu')\n"
+    script += "except prunevit.errors.InputError as error: print(error)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PRUNEVIT_CPU_ISA": "mmx"},
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
+    assert "expected PRUNEVIT_CPU_ISA to be one of" in done.stdout
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_runtime_goes_with_its_last_name(backend: str) -> None:
+    runtime = Runtime(random_model(SPECS["uniform"]), device="cpu", backend=backend)
+    runtime(GOOD)
+    gone = weakref.ref(runtime), weakref.ref(runtime._engine)
+    gc.disable()
+    try:
+        del runtime
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("name", ["evit", "attention_pool"])
+def test_a_copy_computes_the_same_on_threads_of_its_own(name: str, copied: Callable[[Runtime], Runtime]) -> None:
+    runtime, images = Runtime(random_model(SPECS[name]), device="cpu"), random_images(SPECS[name])
+    want = runtime(images)
+    other = copied(runtime)
+    del runtime
+    assert torch.equal(other(images), want)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_a_child_runs_though_another_thread_of_its_parent_was_at_it() -> None:
+    runtime = Runtime(random_model(SPECS["uniform"]), device="cpu", threads=2)
+    want = runtime(GOOD)
+    with runtime._engine.turn():  # as a call on another thread would be
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest's own would let the child go on with the tests
+            signal.alarm(20)
+            try:
+                os._exit(0 if torch.equal(runtime(GOOD), want) else 1)
+            finally:
+                os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(runtime(GOOD), want)
 
 
 def test_a_missing_extension_is_a_warning_with_the_command_that_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +279,21 @@ def test_predict_reads_paths_and_pictures_and_names_classes(tmp_path: object) ->
     assert len(from_path) == 3
     assert from_path[0].probability >= from_path[1].probability
     assert "class" not in from_path[0].label  # ImageNet's own names
+
+
+@pytest.mark.parametrize("count", [1, 5, 7])
+def test_predict_runs_in_batches(count: int) -> None:
+    runtime = Runtime(random_model(vit(block(), img_size=(8, 8))), device="cpu")
+    pictures = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (9, 9, 3), dtype=np.uint8)) for i in range(count)
+    ]
+    got = runtime.predict(pictures, batch_size=3)
+    assert [[p.index for p in top] for top in got] == [
+        [p.index for p in runtime.predict(picture)[0]] for picture in pictures
+    ]
+    assert {shape[0] for shape in runtime._engine.programs} <= {1, 2, 3}
+    with pytest.raises(InputError, match="batch_size of at least 1, got 0"):
+        runtime.predict(pictures, batch_size=0)
 
 
 def test_predict_refuses_what_is_no_image(tmp_path: object) -> None:
