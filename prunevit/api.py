@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import checkpoint, pruning
+from ._atomic import expect_replaceable
 from .errors import PruningError, RuntimeMismatch, expect
 from .latency import Deployment, Measured
 from .latency.table import OnNode
@@ -109,6 +110,7 @@ def save(model: PrunedViT, path: str | os.PathLike[str], *, check: bool = True) 
 
     ``check=False`` leaves the comparison out. Raises :class:`RuntimeMismatch`, :class:`CheckpointError`.
     """
+    expect_replaceable(path)
     if check:
         gate(model)
     return checkpoint.save(model, path)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from .._atomic import expect_replaceable
 from ._models import expect_there
 from ._options import BatchSize, Checkpoint, Data, Device, Out, Seed, Workers, pairs
 from ._output import Json, count, percent, reporting, table
@@ -55,6 +56,7 @@ def command(
     first = os.environ.get("RANK", "0") == "0"  # torchrun starts several: one of them speaks and writes
     with reporting(as_json, quiet=not first) as output:
         expect_there(checkpoint, data)
+        expect_replaceable(out)
         if teacher is not None:
             expect_there(teacher)
         import torch

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from .._atomic import expect_replaceable
 from ._budgets import KINDS, constraints_of, methods_of, names_of
 from ._models import expect_there
 from ._options import Backend, BatchSize, Device, MaybeData, Out, Pretrained, Seed, Workers, pairs, words
@@ -207,6 +208,7 @@ def command(
         raise typer.BadParameter("expected --method auto, whose search they record", param_hint="--journal, --plot")
     with reporting(as_json) as output:
         expect_there(model, data)
+        expect_replaceable(out)
         from ._prune import Request, run
 
         deployment = {"device": on, "batch": batch, "threads": threads, "dtype": dtype, "backend": backend}

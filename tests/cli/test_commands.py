@@ -293,3 +293,20 @@ def test_a_broken_image_in_a_worker_is_one_message(call: Call, checkpoint: Path,
     assert answer.code == 1
     assert answer.json["error"]["type"] == "DataError"
     assert answer.json["error"]["message"].startswith("cannot read the image")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("prune", "{model}", "--macs", "50%"), ("finetune", "{model}", "--data", "digits"), ("demo",)],
+    ids=lambda command: command[0],
+)
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    call: Call, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("prunevit.cli._models.open_model", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(api, "load", lambda *_: pytest.fail("opened"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint").write_text("in the way")
+    out = "." if command[0] == "demo" else "checkpoint"
+    arguments = [word.format(model=checkpoint) for word in command]
+    refused(call(*arguments, "--out", out, "--json"), "checkpoint: expected a directory .* a file")
