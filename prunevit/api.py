@@ -12,8 +12,8 @@ from torch import nn
 
 from . import checkpoint, pruning
 from ._atomic import expect_replaceable
-from .errors import PruningError, RuntimeMismatch, expect
-from .latency import Deployment, Measured
+from .errors import BudgetError, PruningError, RuntimeMismatch, expect
+from .latency import Deployment, LatencyMiss, Measured
 from .latency.table import OnNode
 from .models.from_timm import as_pruned
 from .models.vit import PrunedViT
@@ -102,7 +102,12 @@ def prune(
         own = {"journal": f"{options['journal']}.{number + 1}"} if number and options.get("journal") else {}
         return pruning.prune(source, method, constraints, data, cost=costs, **{**given, **own})
 
-    return measured.within(limit.most, attempt, deployment.attempts or (3 if train is None else 1))
+    try:
+        return measured.within(limit.most, attempt, deployment.attempts or (3 if train is None else 1))
+    except BudgetError as error:
+        if isinstance(error, LatencyMiss) or not str(error).startswith("latency:"):
+            raise
+        raise BudgetError(f"{error}; {measured.source}") from None
 
 
 def save(model: PrunedViT, path: str | os.PathLike[str], *, check: bool = True) -> Path:

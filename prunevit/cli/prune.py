@@ -78,6 +78,7 @@ Dtype = Annotated[
 Table = Annotated[
     Path | None, typer.Option(help="Keep the table of step times in this file.", rich_help_panel=DEPLOYMENT)
 ]
+Remeasure = Annotated[bool, typer.Option("--remeasure", help="Measure that table anew.", rich_help_panel=DEPLOYMENT)]
 Tolerance = Annotated[
     float,
     typer.Option(
@@ -138,6 +139,7 @@ def command(
     dtype: Dtype = None,
     backend: Backend = "auto",
     table: Table = None,
+    remeasure: Remeasure = False,
     tolerance: Tolerance = 0.05,
     rounds: Rounds = 1,
     recovery_epochs: RecoveryEpochs = 0,
@@ -218,7 +220,7 @@ def command(
             methods=methods,
             constraints=constraints,
             options=options,
-            deployment={**deployment, "table": table, "tolerance": tolerance},
+            deployment={**deployment, "table": table, "tolerance": tolerance, "remeasure": remeasure},
             ratios=ratios,
             shape=shape,
             rounds=rounds,
