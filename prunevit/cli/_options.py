@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint directory.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="A timm model by name, or a checkpoint directory.", show_default=False)]
 Data = Annotated[str, typer.Option(help="A folder of class folders, or 'digits'.", show_default=False)]
 MaybeData = Annotated[
     str | None, typer.Option("--data", help="A folder of class folders, or 'digits'.", show_default=False)

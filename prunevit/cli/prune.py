@@ -10,7 +10,7 @@ import typer
 from .._atomic import expect_replaceable
 from ._budgets import KINDS, constraints_of, methods_of, names_of
 from ._models import expect_there
-from ._options import Backend, BatchSize, Device, MaybeData, Out, Pretrained, Seed, Workers, pairs, words
+from ._options import Backend, BatchSize, Device, MaybeData, Model, Out, Pretrained, Seed, Workers, pairs, words
 from ._output import Json, expect_picture, reporting
 
 BUDGET, UNITS, DEPLOYMENT, TRAINING, SEARCH = (
@@ -18,7 +18,6 @@ BUDGET, UNITS, DEPLOYMENT, TRAINING, SEARCH = (
     *("Training and iterative pruning", "--method auto"),
 )
 
-Model = Annotated[str, typer.Argument(help="A timm model by name, or a checkpoint directory.", show_default=False)]
 Method = Annotated[
     list[str],
     typer.Option(

@@ -219,6 +219,21 @@ def test_finetune_can_learn_new_classes(call: Call, checkpoint: Path, tmp_path: 
     assert {top["label"] for top in found["images"][0]["top"]} == {"dark", "bright"}
 
 
+def test_finetune_gives_a_timm_model_classes_of_ones_own(call: Call, tmp_path: Path) -> None:
+    for place, name in enumerate(("dark", "bright")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (8, 8), (200 * place + i, 0, 0)).save(tmp_path / "images" / name / f"{i}.png")
+    options = ("--data", tmp_path / "images", "--no-pretrained", "--recipe", "max_steps=1", "--batch-size", 4)
+    told = call("finetune", "test_vit", *options, "--out", tmp_path / "two")
+    refused(told, "prunevit finetune --new-classes")
+    found = call("finetune", "test_vit", *options, "--new-classes", "--out", tmp_path / "two", "--json").json
+    assert found["model"] == "test_vit"
+    model = api.load(tmp_path / "two")
+    assert (model.spec.num_classes, model.pretrained_cfg["label_names"]) == (2, ["bright", "dark"])
+    assert model.provenance["base_model"].startswith("test_vit")
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
