@@ -27,7 +27,7 @@ Backend = Annotated[BackendChoice, typer.Option(help="What executes the model.")
 
 Device = Annotated[
     str | None,
-    typer.Option(help="Where scores are measured and training runs; a GPU where there is one.", show_default=False),
+    typer.Option(help="Where the model runs while this works on it; a GPU where there is one.", show_default=False),
 ]
 Pairs = dict[str, Any]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,7 @@ import typer
 from .._atomic import expect_replaceable
 from ._budgets import KINDS, constraints_of, methods_of, names_of
 from ._models import expect_there
-from ._options import Backend, BatchSize, Device, MaybeData, Model, Out, Pretrained, Seed, Workers, pairs, words
+from ._options import BackendChoice, BatchSize, Device, MaybeData, Model, Out, Pretrained, Seed, Workers, pairs, words
 from ._output import Json, expect_picture, reporting
 
 BUDGET, UNITS, DEPLOYMENT, TRAINING, SEARCH = (
@@ -74,6 +75,7 @@ Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
     typer.Option(help="fp32 on a CPU, bf16 on a GPU unless told otherwise.", rich_help_panel=DEPLOYMENT),
 ]
+Backend = Annotated[BackendChoice, typer.Option(help="What executes it there.", rich_help_panel=DEPLOYMENT)]
 Table = Annotated[
     Path | None, typer.Option(help="Keep the table of step times in this file.", rich_help_panel=DEPLOYMENT)
 ]
@@ -112,6 +114,16 @@ Plot = Annotated[
     Path | None, typer.Option(help="Draw the search into this file (.png, .svg or .pdf).", rich_help_panel=SEARCH)
 ]
 ImageCount = Annotated[int, typer.Option(min=1, help="Calibration images that the scores are measured on.")]
+
+# what a method of another name would not read
+OWNERS = {
+    "stages": ("gohsp",),
+    "stage_epochs": ("gohsp",),
+    "finetune_epochs": ("gohsp", "auto"),
+    "tau": ("auto",),
+    "scorer": ("auto",),
+}
+UNUSED = {"device": None, "batch": 1, "backend": "auto", "tolerance": 0.05, "remeasure": False}
 
 
 def command(
@@ -180,6 +192,18 @@ def command(
     if not constraints and pruning_ratio is None and ratios is None and shape is None:
         what = "expected a budget: --macs, --params, --latency, --memory, --pruning-ratio, --ratios or --shape"
         raise typer.BadParameter(what, param_hint="--macs")
+    deployment = {
+        "device": on,
+        "batch": batch,
+        "threads": threads,
+        "dtype": dtype,
+        "backend": backend,
+        "table": table,
+        "tolerance": tolerance,
+        "remeasure": remeasure,
+    }
+    if latency is None and memory is None:
+        _expect_unused(deployment)
     expect_picture(plot, "--plot")
     asked: dict[str, Any] = {
         "pruning_ratio": pruning_ratio,
@@ -201,6 +225,7 @@ def command(
     if training and not trains:
         what = "expected something that trains: --recovery-epochs, --stages or --finetune-epochs"
         raise typer.BadParameter(what, param_hint="--recipe, --lr")
+    _expect_owners(options, names_of(methods))
     searches = "auto" in names_of(methods)
     if (trains or searches) and data is None:
         what = f"expected images to {'train on' if trains else 'measure accuracy on'}"
@@ -212,14 +237,13 @@ def command(
         expect_replaceable(out)
         from ._prune import Request, run
 
-        deployment = {"device": on, "batch": batch, "threads": threads, "dtype": dtype, "backend": backend}
         request = Request(
             model=model,
             out=out,
             methods=methods,
             constraints=constraints,
             options=options,
-            deployment={**deployment, "table": table, "tolerance": tolerance, "remeasure": remeasure},
+            deployment=deployment,
             ratios=ratios,
             shape=shape,
             rounds=rounds,
@@ -236,3 +260,18 @@ def command(
             seed=seed,
         )
         run(request, output)
+
+
+def _expect_unused(deployment: Mapping[str, Any]) -> None:
+    """Where it will run matters for --latency and --memory alone: no option of it goes without a word."""
+    given = [name for name, value in deployment.items() if value != UNUSED.get(name)]
+    if given:
+        hint = ", ".join(f"--{'on' if name == 'device' else name}" for name in given)
+        raise typer.BadParameter("expected --latency or --memory, which it is for", param_hint=hint)
+
+
+def _expect_owners(options: Mapping[str, Any], methods: Collection[str]) -> None:
+    for name, owners in OWNERS.items():
+        if name in options and not set(owners) & set(methods):
+            hint = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"expected --method {' or '.join(owners)}, whose option it is", param_hint=hint)

@@ -64,6 +64,7 @@ def prune(
     :class:`PruningError` for anything else that does not fit, :class:`UnsupportedModel` for a model that no spec
     describes.
     """
+    expect(type(seed) is int and seed >= 0, PruningError, "a seed of at least 0", got=repr(seed))
     about_ranks = {name: value for name, value in options.items() if name in _RANKING}
     check_types(Ranking, about_ranks)
     ranking = Ranking(**about_ranks)
@@ -131,7 +132,7 @@ def _stages(methods: Sequence[AnyMethod], options: Mapping[str, Any]) -> list[St
             expect(len(methods) > 1 or not options, PruningError, "options inside the method", got=sorted(options))
             stages.append(Stage(method))
             continue
-        name, _, kinds = method.partition(":")
+        name, colon, kinds = method.partition(":")
         own = {key: value for key, value in options.items() if len(methods) == 1 or key in _options(name)}
-        stages.append(Stage(named_method(name, own), check_kinds(kinds.split(",")) if kinds else None))
+        stages.append(Stage(named_method(name, own), check_kinds(kinds.split(",")) if colon else None))
     return stages

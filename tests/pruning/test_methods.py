@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from prunevit.errors import PruningError
 from prunevit.models import PrunedViT
 from prunevit.pruning import METHODS, Plan, groups_of, prune
 from prunevit.pruning.scorers import SCORERS
@@ -114,3 +117,24 @@ def test_latency_is_a_budget_for_whoever_measures_it() -> None:
     )
     assert measure(small.spec) <= 0.8 * measure(SPEC)
     assert len(asked) == len(set(asked)) + 2 < 40, "a measurement takes seconds"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_callers_chance_is_left_alone(method: str) -> None:
+    options: dict[str, object] = {"validation": DATA, "tau": 1.0, "scorer": "magnitude"} if method == "auto" else {}
+    before = torch.random.get_rng_state()
+    prune(MODEL, method, {"macs": "80%"}, DATA, **options)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "reason"),
+    [
+        ("magnitude", {"seed": -1}, "a seed of at least 0, got -1"),
+        ("magnitude", {"seed": 0.5}, "a seed of at least 0"),
+        ("magnitude:", {}, "kinds of group .* got ''"),
+    ],
+)
+def test_what_does_not_fit_is_named(method: str, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(PruningError, match=reason):
+        prune(MODEL, **{"method": method, "constraints": {"macs": "80%"}, "data": DATA, **options})
