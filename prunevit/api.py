@@ -18,7 +18,7 @@ from .latency.table import OnNode
 from .models.from_timm import as_pruned
 from .models.vit import PrunedViT
 from .pruning import Budget
-from .pruning.budget import Constraints, Cost, costs_by_name
+from .pruning.budget import Constraints, Cost, costs_by_name, mappings_of
 from .pruning.method import Batches, Data
 from .pruning.prune import AnyMethod
 from .runtime import Runtime
@@ -29,6 +29,7 @@ from .spec import ViTSpec
 GATE_TOLERANCE = 1e-3
 
 
+@torch.inference_mode(False)  # whoever calls in inference mode gets weights that can be trained
 def prune(
     model: nn.Module,
     method: AnyMethod | Sequence[AnyMethod] = "snp",
@@ -77,8 +78,8 @@ def prune(
     if isinstance(data, Iterator):
         data = list(data)  # scores of several methods, or attempts, look at the images several times
     source = as_pruned(model)
-    last = (constraints[-1] if constraints else None) if isinstance(constraints, Sequence) else constraints
-    every = constraints if isinstance(constraints, Sequence) else [constraints or {}]
+    every = mappings_of(constraints)
+    last = every[-1]
     named = {name for mapping in every for name in mapping}
     costs = costs_by_name(named, cost)
     wanted = {"latency", "memory"} & (named - set(costs))
@@ -92,8 +93,8 @@ def prune(
     if "latency" not in wanted:
         return pruning.prune(source, method, constraints, data, cost=costs, **given)
     measured = costs["latency"] = Measured(source, deployment, on_timing)
-    if last is None or "latency" not in last:
-        raise PruningError(f"expected latency in the last constraints, where it can be checked, got {dict(last or {})}")
+    if "latency" not in last:
+        raise PruningError(f"expected latency in the last constraints, where it can be checked, got {dict(last)}")
     (limit,) = Budget.of(source.spec, {"latency": last["latency"]}, {"latency": measured}).limits
     measured.aim(limit.most)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .._units import SYMBOLS, read_amount
 from ..errors import BudgetError, PruningError, expect
@@ -102,6 +102,15 @@ class Budget:
 
     def met(self, spec: ViTSpec) -> bool:
         return all(limit.met(spec) for limit in self.limits)
+
+
+def mappings_of(constraints: Constraints | Sequence[Constraints] | None) -> list[Constraints]:
+    """One mapping, or one for each method; anything else is refused by name."""
+    several = isinstance(constraints, Sequence) and not isinstance(constraints, str)
+    each: list[Any] = list(constraints) if several else [constraints or {}]  # type: ignore[arg-type]
+    fits = bool(each) and all(isinstance(mapping, Mapping) for mapping in each)
+    expect(fits, PruningError, 'constraints such as {"macs": "45%"}', got=repr(constraints))
+    return each
 
 
 class _Search:
