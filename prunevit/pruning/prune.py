@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeAlias
@@ -24,6 +25,8 @@ from .options import check_types
 from .ranking import Ranking
 from .recover import Step
 from .scorers import SCORERS
+
+logger = logging.getLogger("prunevit")
 
 METHODS: dict[str, type[Method]] = {**SCORERS, "auto": Auto, "cp-vit": CPViT, "evit": EViT}
 
@@ -104,6 +107,9 @@ def prune(
     # scores of several methods look at the images several times
     again = list(data) if isinstance(data, Iterator) else data
     small = chosen.prune(Job(dense, budget, again, seed, train, validation, on_step))
+    if not small.spec.num_classes and small.spec.embed_dim != dense.spec.embed_dim:
+        what = "features are %d wide now, and were %d: groups without channel would leave them"
+        logger.warning(what, small.spec.embed_dim, dense.spec.embed_dim)
     earlier = [dense.provenance["method"]] if "method" in dense.provenance else []
     small.provenance |= {
         "method": "+".join(earlier + [m if isinstance(m, str) else type(m).__name__.lower() for m in methods]),

@@ -197,6 +197,13 @@ def test_the_same_seed_prunes_alike(call: Call, checkpoint: Path, tmp_path: Path
     assert plans[0] == plans[1] != plans[2]
 
 
+def test_eval_of_features_is_refused(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    model = api.load(checkpoint)
+    model.reset_classifier(0)
+    api.save(model, tmp_path / "features")
+    refused(call("eval", tmp_path / "features", *DIGITS), "a checkpoint with classes")
+
+
 def test_finetune_can_learn_new_classes(call: Call, checkpoint: Path, tmp_path: Path) -> None:
     for place, name in enumerate(("dark", "bright")):
         (tmp_path / "images" / name).mkdir(parents=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 
 from prunevit.errors import PruningError
 from prunevit.models import PrunedViT
-from prunevit.pruning import METHODS, Plan, accuracy, groups_of, prune, recover
+from prunevit.pruning import METHODS, Plan, Ranking, Recipe, accuracy, groups_of, prune, recover
 from prunevit.pruning.scorers import SCORERS
 from prunevit.runtime import Runtime
 from prunevit.spec import ViTSpec
@@ -204,3 +207,22 @@ def test_in_inference_mode_too_what_comes_out_can_be_trained() -> None:
         recover(small, DATA, epochs=1)
     small(IMAGES).sum().backward()
     assert small.pos_embed.grad is not None
+
+
+@pytest.mark.parametrize("of", ["every method", "`recover`", *(f"`{name}`" for name in METHODS)])
+def test_the_page_has_every_option_with_its_default(of: str) -> None:
+    kind: Any = {"every method": Ranking, "`recover`": Recipe}.get(of) or METHODS[of.strip("`")]
+    defaults = [(f.name, f.default_factory() if f.default is MISSING else f.default) for f in fields(kind)]  # type: ignore[operator]
+    said = ", ".join(f"`{name}={default!r}`" for name, default in defaults) or "–"
+    page = Path(__file__).parents[2] / "docs/methods.md"
+    kinds = ", ".join(f"`{kind}`" for kind in METHODS[of.strip("`")].groups) if of.strip("`") in METHODS else ""
+    assert f"| {of} | {said} | {kinds}" in page.read_text("utf-8")
+
+
+def test_features_that_become_narrower_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    backbone = random_model(SPEC.replace(num_classes=0))
+    with caplog.at_level(logging.WARNING, "prunevit"):
+        prune(backbone, "snp", {"macs": "80%"}, DATA, groups=("qk", "v", "mlp"))
+        assert not caplog.text
+        small = prune(backbone, "snp", {"macs": "80%"}, DATA)
+    assert f"features are {small.spec.embed_dim} wide" in caplog.text
