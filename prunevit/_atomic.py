@@ -17,39 +17,102 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
+
+from .errors import CheckpointError
+
+
+def expect_replaceable(path: str | os.PathLike[str]) -> None:
+    """Raise :class:`CheckpointError` where no directory can be put: to be asked before the work that would go there."""
+    real, here = Path(os.path.realpath(path)), Path.cwd()
+    there = next(parent for parent in real.parents if parent.exists())
+    if real.exists() and not real.is_dir():
+        found = "a file"
+    elif here.is_relative_to(real):  # whoever works in it, a shell too, would be left in a directory that is gone
+        found = "the current one" if real == here else "one that holds the current one"
+    elif os.path.ismount(real):
+        found = "a mount point, which cannot be replaced"
+    elif not there.is_dir():
+        found = f"{there}, a file"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        found = f"{there}, which cannot be written in"
+    else:
+        return
+    raise CheckpointError(f"{path or '.'}: expected a directory to write, or nothing yet, got {found}")
 
 
 def replace_directory(path: Path, write: Callable[[Path], None], names: Collection[str]) -> None:
     """Make ``path`` the directory that ``write`` fills; entries of the old one not in ``names`` are carried over."""
+    expect_replaceable(path)
     path = Path(os.path.realpath(path))  # a link stays a link
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path}: expected a directory, or nothing yet, got a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path)
-    fresh = path.with_name(f".{path.name}.saving-{secrets.token_hex(4)}")
-    fresh.mkdir()
-    lock = os.open(fresh, os.O_RDONLY)
+    fresh, *locks = _fresh_beside(path)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tells the next save that this one is alive
         write(fresh)
-        if path.exists():
-            shutil.copytree(
-                path, fresh, symlinks=True, ignore=_at_top(path, names), copy_function=_link, dirs_exist_ok=True
-            )
-        for directory, _, files in os.walk(fresh):
-            for file in (Path(directory, name) for name in files):
-                if not file.is_symlink():
-                    _flush(file)
-            _flush(Path(directory))
-        if path.exists():
-            exchange(fresh, path)
-        else:
-            fresh.rename(path)
+        for file in fresh.iterdir():
+            file.chmod(fresh.stat().st_mode & 0o666)  # as the umask has it, whatever the writer thinks of others
+        while not _put(fresh, path, names, locks):
+            pass  # another save was first: its other files are carried over too
         _flush(path.parent)
     finally:
-        os.close(lock)
         shutil.rmtree(fresh, ignore_errors=True)  # the old directory, or what an error left
+        for lock in locks:
+            os.close(lock)
+
+
+def _fresh_beside(path: Path) -> tuple[Path, int]:
+    """A new directory, and the lock that tells the next save that this one is alive."""
+    while True:
+        fresh = path.with_name(f".{path.name}.saving-{secrets.token_hex(4)}")
+        fresh.mkdir()
+        if (lock := _locked(fresh)) is not None:
+            return fresh, lock
+        # taken for stale before it was locked
+
+
+def _locked(path: Path, mode: int = fcntl.LOCK_EX) -> int | None:
+    """A directory opened and locked; None where there is none, or another one by the time it is locked."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    same = False
+    try:
+        fcntl.flock(handle, mode)
+        with suppress(FileNotFoundError):
+            same = os.path.samestat(os.fstat(handle), os.stat(path))
+    finally:
+        if not same:
+            os.close(handle)
+    return handle if same else None
+
+
+def _put(fresh: Path, path: Path, names: Collection[str], locks: list[int]) -> bool:
+    """Whether ``fresh`` has become ``path``; not where another save has changed it in between."""
+    old = None
+    if path.exists():
+        if (old := _locked(path)) is None:
+            return False
+        locks.append(old)  # another save of this path waits until this one is done
+        ignore = _at_top(path, names)
+        shutil.copytree(path, fresh, symlinks=True, ignore=ignore, copy_function=_link, dirs_exist_ok=True)
+    for directory, _, files in os.walk(fresh):
+        for file in (Path(directory, name) for name in files):
+            if not file.is_symlink():
+                _flush(file)
+        _flush(Path(directory))
+    if old is not None:
+        exchange(fresh, path)
+        return True
+    try:
+        fresh.rename(path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
 
 
 def remove_stale(path: Path) -> None:
@@ -59,14 +122,13 @@ def remove_stale(path: Path) -> None:
         previous.rename(path)
     shutil.rmtree(previous, ignore_errors=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.saving-*"):
-        handle = os.open(left, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle = _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             continue  # its writer lives
-        finally:
+        if handle is not None:
+            shutil.rmtree(left, ignore_errors=True)
             os.close(handle)
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def exchange(a: Path, b: Path) -> None:

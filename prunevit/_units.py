@@ -13,6 +13,8 @@ BYTES = {"": 1.0, "B": 1.0} | {
 }
 UNITS = {"latency": MILLISECONDS, "memory": BYTES}
 """By constraint; others are counts. Numbers without a unit are milliseconds and bytes."""
+SYMBOLS = {"latency": " ms", "memory": " B"}
+"""What is shown after a number without a unit."""
 EXAMPLES = {"latency": "20ms", "memory": "50MB"}
 
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(%|[a-zA-Zµ]*)\s*")

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from . import checkpoint, pruning
-from .errors import InputError, PruningError, RuntimeMismatch, expect
-from .latency import Deployment, Measured
+from ._atomic import expect_replaceable
+from .errors import BudgetError, InputError, PruningError, RuntimeMismatch, expect
+from .latency import Deployment, LatencyMiss, Measured
 from .latency.table import OnNode
 from .models.from_timm import as_pruned
 from .models.tensors import check_state
 from .models.vit import PrunedViT
 from .pruning import Budget
-from .pruning.budget import Constraints, Cost, costs_by_name
+from .pruning.budget import Constraints, Cost, costs_by_name, mappings_of
 from .pruning.method import Batches, Data
 from .pruning.prune import AnyMethod
 from .runtime import Runtime
@@ -30,6 +31,7 @@ from .spec import ViTSpec
 GATE_TOLERANCE = 1e-3
 
 
+@torch.inference_mode(False)  # whoever calls in inference mode gets weights that can be trained
 def prune(
     model: nn.Module,
     method: AnyMethod | Sequence[AnyMethod] = "snp",
@@ -78,8 +80,8 @@ def prune(
     if isinstance(data, Iterator):
         data = list(data)  # scores of several methods, or attempts, look at the images several times
     source = as_pruned(model)
-    last = (constraints[-1] if constraints else None) if isinstance(constraints, Sequence) else constraints
-    every = constraints if isinstance(constraints, Sequence) else [constraints or {}]
+    every = mappings_of(constraints)
+    last = every[-1]
     named = {name for mapping in every for name in mapping}
     costs = costs_by_name(named, cost)
     wanted = {"latency", "memory"} & (named - set(costs))
@@ -93,8 +95,8 @@ def prune(
     if "latency" not in wanted:
         return pruning.prune(source, method, constraints, data, cost=costs, **given)
     measured = costs["latency"] = Measured(source, deployment, on_timing)
-    if last is None or "latency" not in last:
-        raise PruningError(f"expected latency in the last constraints, where it can be checked, got {dict(last or {})}")
+    if "latency" not in last:
+        raise PruningError(f"expected latency in the last constraints, where it can be checked, got {dict(last)}")
     (limit,) = Budget.of(source.spec, {"latency": last["latency"]}, {"latency": measured}).limits
     measured.aim(limit.most)
 
@@ -103,7 +105,12 @@ def prune(
         own = {"journal": f"{options['journal']}.{number + 1}"} if number and options.get("journal") else {}
         return pruning.prune(source, method, constraints, data, cost=costs, **{**given, **own})
 
-    return measured.within(limit.most, attempt, deployment.attempts or (3 if train is None else 1))
+    try:
+        return measured.within(limit.most, attempt, deployment.attempts or (3 if train is None else 1))
+    except BudgetError as error:
+        if isinstance(error, LatencyMiss) or not str(error).startswith("latency:"):
+            raise
+        raise BudgetError(f"{error}; {measured.source}") from None
 
 
 def save(model: PrunedViT, path: str | os.PathLike[str], *, check: bool = True) -> Path:
@@ -113,6 +120,7 @@ def save(model: PrunedViT, path: str | os.PathLike[str], *, check: bool = True) 
     :class:`CheckpointError` for weights that no checkpoint holds, :class:`RuntimeMismatch`.
     """
     _expect_pruned(model)
+    expect_replaceable(path)
     check_state(model.spec, model.state_dict(), "model")  # before the runtime is blamed for what it cannot compute
     if check:
         gate(model)

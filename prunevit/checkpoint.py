@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ._atomic import previous_name, replace_directory
+from ._atomic import expect_replaceable, previous_name, replace_directory
 from .errors import CheckpointError, InputError, SpecError, expect
 from .machine import installed
 from .models.from_timm import as_pruned
@@ -58,9 +58,11 @@ class _DataConfig(BaseModel):
 def save(model: PrunedViT, path: str | os.PathLike[str]) -> Path:
     """Write a checkpoint directory, replacing one that is there whole; its other files are kept.
 
-    Raises :class:`CheckpointError` for weights that are not finite or not the spec's, and for a plan or provenance that
-    JSON cannot hold; nothing is written then.
+    Raises :class:`CheckpointError` for a path that cannot be replaced (a file, a mount point, the current directory or
+    one that holds it), for weights that are not finite or not the spec's, and for a plan or provenance that JSON cannot
+    hold; nothing is written then.
     """
+    expect_replaceable(path)
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     check_state(model.spec, state, "model")
@@ -78,7 +80,7 @@ def save(model: PrunedViT, path: str | os.PathLike[str]) -> Path:
 
     try:
         replace_directory(path, write, (WEIGHTS, CONFIG, PLAN))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         raise CheckpointError(f"{path}: expected to write a checkpoint directory, got {error}") from error
     return path
 

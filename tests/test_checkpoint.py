@@ -8,15 +8,16 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from prunevit import _atomic, checkpoint
+from prunevit import _atomic, api, checkpoint
 from prunevit.errors import CheckpointError, PrunevitError, SpecError
 from prunevit.models import PrunedViT
 from tests import crashing
@@ -78,6 +79,17 @@ def test_what_is_on_disk(tmp_path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "vit").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_modes_of_the_umask(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        for _ in range(2):
+            saved(tmp_path / "vit")
+            assert {file.stat().st_mode & 0o777 for file in (tmp_path / "vit").iterdir()} == {0o666 & ~umask}
+    finally:
+        os.umask(before)
 
 
 def test_replacing_keeps_other_files_and_drops_the_old_plan(tmp_path: Path) -> None:
@@ -156,9 +168,35 @@ def test_what_cannot_be_read_back_is_not_written(
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "vit").write_text("precious")
-    with pytest.raises(CheckpointError, match="expected a directory"):
-        saved(tmp_path / "vit")
+    for path in (tmp_path / "vit", tmp_path / "vit/inside/it"):
+        with pytest.raises(CheckpointError, match=r"expected a directory .* a file"):
+            saved(path)
     assert (tmp_path / "vit").read_text() == "precious"
+
+
+@pytest.mark.parametrize("path", ["", ".", "..", "../inside/../..", "{tmp}/work"])
+def test_nobody_is_left_in_a_directory_that_is_gone(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work/inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work/inside")
+    with pytest.raises(CheckpointError, match=r"got (the current one|one that holds the current one)"):
+        saved(Path(path.format(tmp=tmp_path)))
+    assert os.listdir() == []
+    saved(Path("vit"))
+    assert os.listdir() == ["vit"]
+
+
+def test_where_nothing_can_be_put_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name in ("disk", ""))
+    with pytest.raises(CheckpointError, match="a mount point"):
+        saved(tmp_path / "disk")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}, which cannot be written in"):
+        saved(tmp_path / "deep/vit")
+    assert os.listdir(tmp_path) == ["disk"]
+    monkeypatch.setattr(api, "gate", lambda model: pytest.fail("the model was run first"))
+    with pytest.raises(CheckpointError, match="cannot be written in"):
+        api.save(random_model(SPECS["uniform"]), tmp_path / "vit")
 
 
 # -- crashes
@@ -230,10 +268,18 @@ def test_a_crash_where_directories_cannot_be_exchanged(tmp_path: Path, run_until
     assert between == 1
 
 
-@pytest.mark.parametrize("call", ["save_file", "fsync", "exchange"])
-def test_an_error_while_saving_leaves_the_old(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [("save_file", FULL), ("save_file", SafetensorError(str(FULL))), ("fsync", FULL), ("exchange", FULL)],
+)
+def test_an_error_while_saving_leaves_the_old(
+    call: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     saved(tmp_path / "vit")
     monkeypatch.setattr({"save_file": checkpoint, "fsync": os, "exchange": _atomic}[call], call, full)
@@ -257,6 +303,34 @@ def test_a_save_under_way_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(checkpoint, "save_file", slow)
     saved(tmp_path / "vit", seed=2)
     assert checkpoint.load(tmp_path / "vit").plan["seed"] == 2  # type: ignore[index]
+    assert os.listdir(tmp_path) == ["vit"]
+
+
+def test_saves_at_once_all_come_through(tmp_path: Path) -> None:
+    """Of threads, which take and leave their locks as processes do: each must end with its own or a later one there."""
+    saved(tmp_path / "vit")
+    (tmp_path / "vit/notes.txt").write_text("kept")
+    model = random_model(SPECS["one_head_13_by_12"])
+    paths = [tmp_path / "vit"] * 60 + [tmp_path / f"new{i // 4}" for i in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda path: checkpoint.save(model, path), paths)) == paths
+    assert sorted(os.listdir(tmp_path)) == sorted(["vit", *(f"new{i}" for i in range(10))])
+    assert (tmp_path / "vit/notes.txt").read_text() == "kept"
+
+
+def test_a_directory_taken_for_stale_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = os.open
+    seen = []
+
+    def late(path: Any, *args: Any, **kwargs: Any) -> int:
+        if ".saving-" in str(path) and not seen:
+            seen.append(path)
+            shutil.rmtree(path)  # as another save would, which finds no lock on it
+        return inner(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", late)
+    saved(tmp_path / "vit")
+    assert seen
     assert os.listdir(tmp_path) == ["vit"]
 
 

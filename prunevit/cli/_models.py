@@ -53,8 +53,11 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def open_model(name: str, *, pretrained: bool = True) -> nn.Module:
-    """A checkpoint directory as a :class:`PrunedViT`, or a timm model by its name."""
+def open_model(name: str, *, pretrained: bool = True, or_random: bool = True) -> nn.Module:
+    """A checkpoint directory as a :class:`PrunedViT`, or a timm model by its name.
+
+    ``or_random``: whether the command has --no-pretrained for this model, for the remedy that an error names.
+    """
     if is_checkpoint(name):
         from .. import checkpoint
 
@@ -69,7 +72,7 @@ def open_model(name: str, *, pretrained: bool = True) -> nn.Module:
             raise
         raise CheckpointError(
             f"expected to get the trained weights of {name}, got {type(error).__name__}: {error}. "
-            "Give a checkpoint directory, or start from random weights with --no-pretrained"
+            "Give a checkpoint directory" + ", or start from random weights with --no-pretrained" * or_random
         ) from error
     return model
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint directory.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="A timm model by name, or a checkpoint directory.", show_default=False)]
 Data = Annotated[str, typer.Option(help="A folder of class folders, or 'digits'.", show_default=False)]
 MaybeData = Annotated[
     str | None, typer.Option("--data", help="A folder of class folders, or 'digits'.", show_default=False)
@@ -26,7 +27,7 @@ Backend = Annotated[BackendChoice, typer.Option(help="What executes the model.")
 
 Device = Annotated[
     str | None,
-    typer.Option(help="Where scores are measured and training runs; a GPU where there is one.", show_default=False),
+    typer.Option(help="Where the model runs while this works on it; a GPU where there is one.", show_default=False),
 ]
 Pairs = dict[str, Any]
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .._atomic import expect_replaceable
 from .._units import si
 from ._options import Seed
 from ._output import Json, percent, reporting, table
@@ -31,6 +32,7 @@ def command(
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"expected a folder, or nothing yet, got {out}, a file", param_hint="--out")
     with reporting(as_json) as output:
+        expect_replaceable(out / "checkpoint")
         start = time.monotonic()
         import torch
 

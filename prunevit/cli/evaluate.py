@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from .._units import si
+from ..errors import InputError, expect
 from ._models import expect_there
 from ._options import Backend, BatchSize, Checkpoint, Data, Workers
 from ._output import Json, percent, reporting, table
@@ -31,7 +32,8 @@ def command(
         from ._measure import accuracy
         from ._models import data_for, open_model, open_runtime
 
-        model = open_model(str(checkpoint))
+        model: Any = open_model(str(checkpoint))
+        expect(model.num_classes > 0, InputError, "a checkpoint with classes", got="one without a classifier")
         images, config = data_for(model, data)
         loader = images.loader(split, config, batch_size=batch_size, workers=workers)
         runtime = open_runtime(model, backend)

@@ -33,7 +33,7 @@ def command(
         from ..runtime import Runtime
 
         explained = Runtime(checkpoint, backend=backend, threads=threads).explain(batch, rounds)
-        result = explained.to_dict()
+        result = {**explained.to_dict(), "model": str(checkpoint)}
         if html is not None:
             result["html"] = str(explained.save_html(html))
         output.done(result, explained.table())

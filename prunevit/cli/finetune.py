@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from .._atomic import expect_replaceable
 from ._models import expect_there
-from ._options import BatchSize, Checkpoint, Data, Device, Out, Seed, Workers, pairs
+from ._options import BatchSize, Data, Device, Model, Out, Pretrained, Seed, Workers, pairs
 from ._output import Json, count, percent, reporting, table
 
 Teacher = Annotated[str | None, typer.Option(help="A timm model or checkpoint directory to learn from (distillation).")]
@@ -29,7 +30,7 @@ NewClasses = Annotated[bool, typer.Option("--new-classes", help="Train a new cla
 
 
 def command(
-    checkpoint: Checkpoint,
+    model: Model,
     data: Data,
     out: Out,
     epochs: Epochs = 30,
@@ -39,13 +40,14 @@ def command(
     recipe: RecipeOption = None,
     state: State = None,
     new_classes: NewClasses = False,
+    pretrained: Pretrained = True,
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     device: Device = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a checkpoint, or distil a teacher into it, and write the result.
+    """Fine-tune a checkpoint or a timm model, or distil a teacher into it, and write the result.
 
     Under torchrun (torchrun --nproc-per-node 2 -m prunevit finetune …) a step is one batch of each process.
     """
@@ -54,43 +56,46 @@ def command(
         raise typer.BadParameter("expected a teacher to distil", param_hint="--teacher")
     first = os.environ.get("RANK", "0") == "0"  # torchrun starts several: one of them speaks and writes
     with reporting(as_json, quiet=not first) as output:
-        expect_there(checkpoint, data)
+        expect_there(model, data)
+        expect_replaceable(out)
         if teacher is not None:
             expect_there(teacher)
         import torch
 
         from .. import api
+        from ..models.from_timm import as_pruned
         from ..pruning import recover
         from ._measure import accuracy
         from ._models import data_for, device_of, open_model
 
         where = device_of(device)
         torch.manual_seed(seed)
-        model: Any = api.load(checkpoint)
-        source, config = data_for(model, data, new_classes=new_classes)
+        opened = open_model(model, pretrained=pretrained)
+        student = as_pruned(opened)
+        source, config = data_for(student, data, new_classes=new_classes)
         if new_classes:
-            model.reset_classifier(len(source.label_names))
-            model.pretrained_cfg = {**model.pretrained_cfg, "num_classes": len(source.label_names)}
-        model.pretrained_cfg = {**model.pretrained_cfg, "label_names": list(source.label_names)}
-        model.to(where)
-        dense = None if teacher is None else open_model(teacher).to(where)
+            student.reset_classifier(len(source.label_names))
+            student.pretrained_cfg = {**student.pretrained_cfg, "num_classes": len(source.label_names)}
+        student.pretrained_cfg = {**student.pretrained_cfg, "label_names": list(source.label_names)}
+        student.to(where)
+        dense = None if teacher is None else open_model(teacher, or_random=False).to(where)
         train = source.loader("train", config, batch_size=batch_size, augment=True, seed=seed, workers=workers)
         held_out = source.loader("validation", config, batch_size=batch_size, workers=workers)
-        before = accuracy(model.eval(), held_out, where)
+        before = accuracy(student.eval(), held_out, where)
         try:
             with output.bar("training") as bar:
                 options = {"epochs": epochs, "lr": lr, "seed": seed, **given}
-                history = recover(model, train, teacher=dense, state=state, on_step=bar.step, **options)
+                history = recover(student, train, teacher=dense, state=state, on_step=bar.step, **options)
         finally:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
         if not first:
             return
-        after = accuracy(model.eval(), held_out, where)
-        model.provenance = {**model.provenance, "accuracy": {"validation": after.top1, "data": data}}
-        written = api.save(model, out)
+        after = accuracy(student.eval(), held_out, where)
+        student.provenance = {**student.provenance, "accuracy": {"validation": after.top1, "data": data}}
+        written = api.save(student, out)
         result = {
-            "model": str(checkpoint),
+            "model": model,
             "out": str(written),
             "data": data,
             "epochs": epochs,
@@ -103,6 +108,6 @@ def command(
             "history": history,
         }
         rows = [("validation top-1", percent(before.top1, 2), percent(after.top1, 2))]
-        title = f"{checkpoint}, {count(len(history), 'epoch')} on {data}"
+        title = f"{model}, {count(len(history), 'epoch')} on {data}"
         output.done(result, table(("", "before", "after"), rows, title=title))
         output.say(f"wrote {written}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from .._atomic import expect_replaceable
 from ._budgets import KINDS, constraints_of, methods_of, names_of
 from ._models import expect_there
-from ._options import Backend, BatchSize, Device, MaybeData, Out, Pretrained, Seed, Workers, pairs, words
+from ._options import BackendChoice, BatchSize, Device, MaybeData, Model, Out, Pretrained, Seed, Workers, pairs, words
 from ._output import Json, expect_picture, reporting
 
 BUDGET, UNITS, DEPLOYMENT, TRAINING, SEARCH = (
@@ -17,7 +19,6 @@ BUDGET, UNITS, DEPLOYMENT, TRAINING, SEARCH = (
     *("Training and iterative pruning", "--method auto"),
 )
 
-Model = Annotated[str, typer.Argument(help="A timm model by name, or a checkpoint directory.", show_default=False)]
 Method = Annotated[
     list[str],
     typer.Option(
@@ -74,9 +75,11 @@ Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
     typer.Option(help="fp32 on a CPU, bf16 on a GPU unless told otherwise.", rich_help_panel=DEPLOYMENT),
 ]
+Backend = Annotated[BackendChoice, typer.Option(help="What executes it there.", rich_help_panel=DEPLOYMENT)]
 Table = Annotated[
     Path | None, typer.Option(help="Keep the table of step times in this file.", rich_help_panel=DEPLOYMENT)
 ]
+Remeasure = Annotated[bool, typer.Option("--remeasure", help="Measure that table anew.", rich_help_panel=DEPLOYMENT)]
 Tolerance = Annotated[
     float,
     typer.Option(
@@ -112,6 +115,16 @@ Plot = Annotated[
 ]
 ImageCount = Annotated[int, typer.Option(min=1, help="Calibration images that the scores are measured on.")]
 
+# what a method of another name would not read
+OWNERS = {
+    "stages": ("gohsp",),
+    "stage_epochs": ("gohsp",),
+    "finetune_epochs": ("gohsp", "auto"),
+    "tau": ("auto",),
+    "scorer": ("auto",),
+}
+UNUSED = {"device": None, "batch": 1, "backend": "auto", "tolerance": 0.05, "remeasure": False}
+
 
 def command(
     model: Model,
@@ -137,6 +150,7 @@ def command(
     dtype: Dtype = None,
     backend: Backend = "auto",
     table: Table = None,
+    remeasure: Remeasure = False,
     tolerance: Tolerance = 0.05,
     rounds: Rounds = 1,
     recovery_epochs: RecoveryEpochs = 0,
@@ -178,6 +192,18 @@ def command(
     if not constraints and pruning_ratio is None and ratios is None and shape is None:
         what = "expected a budget: --macs, --params, --latency, --memory, --pruning-ratio, --ratios or --shape"
         raise typer.BadParameter(what, param_hint="--macs")
+    deployment = {
+        "device": on,
+        "batch": batch,
+        "threads": threads,
+        "dtype": dtype,
+        "backend": backend,
+        "table": table,
+        "tolerance": tolerance,
+        "remeasure": remeasure,
+    }
+    if latency is None and memory is None:
+        _expect_unused(deployment)
     expect_picture(plot, "--plot")
     asked: dict[str, Any] = {
         "pruning_ratio": pruning_ratio,
@@ -199,6 +225,7 @@ def command(
     if training and not trains:
         what = "expected something that trains: --recovery-epochs, --stages or --finetune-epochs"
         raise typer.BadParameter(what, param_hint="--recipe, --lr")
+    _expect_owners(options, names_of(methods))
     searches = "auto" in names_of(methods)
     if (trains or searches) and data is None:
         what = f"expected images to {'train on' if trains else 'measure accuracy on'}"
@@ -207,16 +234,16 @@ def command(
         raise typer.BadParameter("expected --method auto, whose search they record", param_hint="--journal, --plot")
     with reporting(as_json) as output:
         expect_there(model, data)
+        expect_replaceable(out)
         from ._prune import Request, run
 
-        deployment = {"device": on, "batch": batch, "threads": threads, "dtype": dtype, "backend": backend}
         request = Request(
             model=model,
             out=out,
             methods=methods,
             constraints=constraints,
             options=options,
-            deployment={**deployment, "table": table, "tolerance": tolerance},
+            deployment=deployment,
             ratios=ratios,
             shape=shape,
             rounds=rounds,
@@ -233,3 +260,18 @@ def command(
             seed=seed,
         )
         run(request, output)
+
+
+def _expect_unused(deployment: Mapping[str, Any]) -> None:
+    """Where it will run matters for --latency and --memory alone: no option of it goes without a word."""
+    given = [name for name, value in deployment.items() if value != UNUSED.get(name)]
+    if given:
+        hint = ", ".join(f"--{'on' if name == 'device' else name}" for name in given)
+        raise typer.BadParameter("expected --latency or --memory, which it is for", param_hint=hint)
+
+
+def _expect_owners(options: Mapping[str, Any], methods: Collection[str]) -> None:
+    for name, owners in OWNERS.items():
+        if name in options and not set(owners) & set(methods):
+            hint = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"expected --method {' or '.join(owners)}, whose option it is", param_hint=hint)

@@ -28,6 +28,7 @@ class Deployment:
     anew where it belongs to another machine or version). ``tolerance`` is how far the whole pruned model may be from
     what the table says, and from the budget; ``attempts`` are how often pruning is repeated, each time with a table
     corrected by what the last result took, before :class:`LatencyMiss` (None: 3, or 1 where a method trains).
+    ``remeasure`` believes nothing that the table has, and measures it anew.
     """
 
     device: str | torch.device | None = None
@@ -38,6 +39,7 @@ class Deployment:
     table: str | os.PathLike[str] | None = None
     tolerance: float = 0.05
     attempts: int | None = None
+    remeasure: bool = False
 
     def __post_init__(self) -> None:
         whole = isinstance(self.batch, int) and self.batch >= 1

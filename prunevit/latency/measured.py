@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +21,12 @@ from ..spec import ViTSpec
 from .deployment import Deployment
 from .table import OnNode, Table
 
+logger = logging.getLogger("prunevit")
+
 SECONDS, ROUNDS = 1.0, 7  # a whole model is timed for at least so long, and at least in so many turns
 CALLS = 3  # of each model in a turn, after one that warms its caches
+BUSY = 2.0  # times what the given model takes now: the machine did something else when that was measured
+SLOWER = 1.25  # times the given model: no pruned one is, by more than noise
 
 
 @dataclass(frozen=True)
@@ -65,14 +71,27 @@ class Measured:
     def __init__(self, model: PrunedViT, deployment: Deployment, on_node: OnNode | None = None) -> None:
         self.deployment, self.spec = deployment, model.spec
         path, rebuild = deployment.table_path, deployment.table is None
-        self.table = Table(deployment.target, deployment.batch, model.spec, path, rebuild=rebuild, on_node=on_node)
+        again = deployment.remeasure
+        self.table = Table(
+            deployment.target, deployment.batch, model.spec, path, rebuild=rebuild, remeasure=again, on_node=on_node
+        )
         self.dense = self._runtime(model)
         self.anchors: list[tuple[float, float]] = []
-        self.dense_ms = self._anchor(model.spec, lambda: self._time([self.dense])[0])
+        now = self._time([self.dense])[0]
+        if (then := self.table.whole_ms(model.spec, lambda: now)) > BUSY * now:
+            what = "expected whole models timed on a machine that does nothing else, got"
+            logger.warning("%s: %s %.4g ms for one that takes %.4g ms: timing them anew", path, what, then, now)
+            self.table.forget_wholes()
+        self.dense_ms = self._anchor(model.spec, lambda: now)
 
     def __call__(self, spec: ViTSpec) -> float:
         ms = self.table.spec_ms(spec)
         return ms * self._correction(ms)
+
+    @property
+    def source(self) -> str:
+        """Where the times come from, and what to do where they cannot be right."""
+        return f"times are from {self.table.path}; where they cannot be right, measure anew by remeasure (--remeasure)"
 
     def aim(self, most: float) -> None:
         """Calibrate near a budget of ``most`` ms: time the given model pruned evenly to about that."""
@@ -100,7 +119,7 @@ class Measured:
                 f"latency: expected the whole model within {self.deployment.tolerance:.0%} of the "
                 f"{check.predicted_ms:.4g} ms that the table says, and of the budget of {most:.4g} ms, got "
                 f"{check.measured_ms:.4g} ms; attempts: {attempts}. Time on a machine that does nothing else, or "
-                "allow a larger tolerance or more attempts",
+                f"allow a larger tolerance or more attempts; {self.source}",
                 small,
                 check,
             )
@@ -118,8 +137,10 @@ class Measured:
         return self.dense_ms * other / dense, (dense, other)
 
     def _anchor(self, spec: ViTSpec, measure: Callable[[], float]) -> float:
-        ms = self.table.whole_ms(spec, measure)
-        self.anchors = sorted({*self.anchors, (self.table.spec_ms(spec), ms)})
+        most = SLOWER * self.dense_ms if self.anchors else math.inf
+        ms = self.table.whole_ms(spec, measure, most)
+        if ms <= most:
+            self.anchors = sorted({*self.anchors, (self.table.spec_ms(spec), ms)})
         return ms
 
     def _correction(self, ms: float) -> float:

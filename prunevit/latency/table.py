@@ -25,7 +25,7 @@ from .kernels import Clock
 
 logger = logging.getLogger("prunevit")
 
-FORMAT = 1
+FORMAT, _WHOLE = 1, "model "
 Node = tuple[str, tuple[str | int | bool, ...], tuple[int, ...]]
 OnNode = Callable[[int, int], None]
 """Called with how many steps have been timed, and how many are wanted by now."""
@@ -39,7 +39,8 @@ class Table:
 
     A file holds what was measured with the machine and versions that it belongs to; each spec's new nodes are written
     at once, so that an interrupted search measures nothing twice. A file of another machine, version, target or batch
-    is refused (:class:`CheckpointError`, which says what differs), or where ``rebuild`` is set, replaced.
+    is refused (:class:`CheckpointError`, which says what differs), or where ``rebuild`` is set, replaced. With
+    ``remeasure`` any table is.
     """
 
     def __init__(
@@ -50,13 +51,16 @@ class Table:
         path: Path,
         *,
         rebuild: bool = False,
+        remeasure: bool = False,
         on_node: OnNode | None = None,
     ) -> None:
         self.target, self.batch, self.path, self.on_node = target, batch, path, on_node
         self.of = identity(target, batch)
         self.ms: dict[str, float] = {}
         if path.exists():
-            self.ms = self._read(rebuild)
+            self.ms = self._read(rebuild or remeasure)
+            if remeasure:
+                self.ms = {}
         self.done = self.wanted = 0
         self.like = like
         self.own: dict[tuple[str, int], set[int]] = {}
@@ -71,13 +75,20 @@ class Table:
         self._measure({node for step in steps for node, _ in self._corners(step)})
         return sum(share * self.ms[_key(node)] for step in steps for node, share in self._corners(step))
 
-    def whole_ms(self, spec: ViTSpec, measure: Callable[[], float]) -> float:
-        """The time of a whole model of this shape, measured once."""
-        key = "model " + hashlib.sha256(json.dumps(spec.to_dict(), sort_keys=True).encode()).hexdigest()[:24]
-        if key not in self.ms:
-            self.ms[key] = measure()
+    def whole_ms(self, spec: ViTSpec, measure: Callable[[], float], most: float = math.inf) -> float:
+        """The time of a whole model of this shape, measured once; what is above ``most`` is not believed, nor kept."""
+        key = _WHOLE + hashlib.sha256(json.dumps(spec.to_dict(), sort_keys=True).encode()).hexdigest()[:24]
+        if self.ms.get(key, math.inf) > most or key not in self.ms:
+            self.ms.pop(key, None)
+            if (ms := measure()) > most:
+                return ms
+            self.ms[key] = ms
             self.save()
         return self.ms[key]
+
+    def forget_wholes(self) -> None:
+        """Whole models are to be timed again; steps are kept, which were timed beside a reference."""
+        self.ms = {key: ms for key, ms in self.ms.items() if not key.startswith(_WHOLE)}
 
     @cached_property
     def clock(self) -> Clock:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from .._units import read_amount
+from .._units import SYMBOLS, read_amount
 from ..errors import BudgetError, PruningError, expect
 from ..spec import ViTSpec
 from .groups import Group, Kind, Scores
@@ -39,11 +39,11 @@ class Limit:
     def expect_reachable(self, floor: ViTSpec, units: str, remedy: str) -> None:
         """Raise :class:`BudgetError` unless ``floor``, what is left when all units that may go have gone, meets it."""
         if not self.met(floor):
-            least = self.cost(floor)
+            least, unit = self.cost(floor), SYMBOLS.get(self.name, "")
             raise BudgetError(
-                f"{self.name}: expected at most {self.most:,.6g}, but the irreducible floor is {least:,.6g} "
-                f"({least / self.dense:.1%} of {self.dense:,.6g}) when every {units} that may go "
-                f"has gone: {remedy}"
+                f"{self.name}: expected at most {self.most:,.6g}{unit}, but the irreducible floor is "
+                f"{least:,.6g}{unit} ({least / self.dense:.1%} of {self.dense:,.6g}{unit}) when every {units} that may "
+                f"go has gone: {remedy}"
             )
 
 
@@ -102,6 +102,15 @@ class Budget:
 
     def met(self, spec: ViTSpec) -> bool:
         return all(limit.met(spec) for limit in self.limits)
+
+
+def mappings_of(constraints: Constraints | Sequence[Constraints] | None) -> list[Constraints]:
+    """One mapping, or one for each method; anything else is refused by name."""
+    several = isinstance(constraints, Sequence) and not isinstance(constraints, str)
+    each: list[Any] = list(constraints) if several else [constraints or {}]  # type: ignore[arg-type]
+    fits = bool(each) and all(isinstance(mapping, Mapping) for mapping in each)
+    expect(fits, PruningError, 'constraints such as {"macs": "45%"}', got=repr(constraints))
+    return each
 
 
 class _Search:

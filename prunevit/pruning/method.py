@@ -96,31 +96,68 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def images_of(data: Data | None, model: nn.Module, most: int | None, *, of: str) -> Iterator[Tensor]:
     """Batches of images, at most ``most`` images in all, where the model is."""
-    for images, _ in _batches(data, model, most, of):
+    for images, _ in _batches(data, model, most, of, labels=False):
         yield images
 
 
 def labelled(data: Data | None, model: nn.Module, most: int | None, *, of: str) -> Iterator[tuple[Tensor, Tensor]]:
     """The same, with labels."""
-    for images, labels in _batches(data, model, most, of):
-        if labels is None:
-            raise PruningError(f"{of}: expected batches of (images, labels), got images alone")
+    for images, labels in _batches(data, model, most, of, labels=True):
+        assert labels is not None
         yield images, labels
 
 
-def _batches(data: Data | None, model: nn.Module, most: int | None, of: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+def read_batch(batch: Any, model: nn.Module, of: str, *, labels: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Images [B, C, H, W] and labels [B] of a batch, or None where ``labels`` are not looked at.
+
+    Raises :class:`PruningError` for a batch that is not of the model's size and classes.
+    """
+    parts = [batch] if isinstance(batch, Tensor) else batch
+    pair = isinstance(parts, list | tuple) and len(parts) > 0 and all(isinstance(part, Tensor) for part in parts[:2])
+    expect(pair, PruningError, f"{of} to get batches of (images, labels)", got=type(batch).__name__)
+    images: Tensor = parts[0]
+    spec: Any = getattr(model, "spec", None)
+    size = None if spec is None or spec.dynamic_img_size else (spec.in_chans, *spec.img_size)
+    fits = images.dim() == 4 and size in (None, tuple(images.shape[1:]))
+    what = "[B, C, H, W]" if size is None else f"[B, {', '.join(map(str, size))}]"
+    expect(fits, PruningError, f"{of} to get images {what}", got=list(images.shape))
+    parts = [part.clone() if part.is_inference() else part for part in parts[:2]]  # autograd would refuse them
+    images = parts[0]
+    if not labels:
+        return images, None
+    if len(parts) < 2:
+        raise PruningError(f"{of}: expected batches of (images, labels), got images alone")
+    classes = getattr(model, "num_classes", None) or 2**31
+    if parts[1].is_floating_point():
+        fits = tuple(parts[1].shape) == (len(images), classes)
+    else:
+        fits = tuple(parts[1].shape) == (len(images),) and bool(((parts[1] >= 0) & (parts[1] < classes)).all())
+    what = f"{of} to get an integer from 0 to {classes - 1} as the label of each of {len(images)} images"
+    expect(fits, PruningError, what, got=f"{parts[1].dtype} {list(parts[1].shape)} with {_extremes(parts[1])}")
+    return images, parts[1]
+
+
+def _extremes(values: Tensor) -> str:
+    return f"{values.min().item():g} to {values.max().item():g}" if values.numel() else "none"
+
+
+def _batches(
+    data: Data | None, model: nn.Module, most: int | None, of: str, *, labels: bool
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     if data is None:
         raise PruningError(
             f"expected images that {of} can measure on (--data DIR or digits; data=batches in Python), got none"
         )
     like, seen = next(model.parameters()), 0
     for batch in data:
-        images, labels = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
+        images, target = read_batch(batch, model, of, labels=labels)
         rest = len(images) if most is None else most - seen
         if rest <= 0:
             break
         seen += len(images[:rest])
-        yield images[:rest].to(like.device, like.dtype), None if labels is None else labels[:rest].to(like.device)
+        images = images[:rest].to(like.device, like.dtype)
+        expect(bool(images.isfinite().all()), PruningError, f"{of} to get finite images", got="NaN or infinity")
+        yield images, None if target is None else target[:rest].to(like.device)
     expect(seen > 0, PruningError, f"{of} to get at least one image", got="none")
 
 

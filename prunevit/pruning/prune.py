@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .. import shapes
 from ..errors import PruningError, expect
@@ -14,7 +16,7 @@ from ..models import PrunedViT
 from ..models.from_timm import as_pruned
 from ..spec import ViTSpec
 from .auto import Auto
-from .budget import Budget, Constraints, Cost
+from .budget import Budget, Constraints, Cost, mappings_of
 from .combine import Sequential, Stage
 from .cp_vit import CPViT, EViT
 from .groups import check_kinds
@@ -24,6 +26,8 @@ from .ranking import Ranking
 from .recover import Step
 from .scorers import SCORERS
 
+logger = logging.getLogger("prunevit")
+
 METHODS: dict[str, type[Method]] = {**SCORERS, "auto": Auto, "cp-vit": CPViT, "evit": EViT}
 
 AnyMethod: TypeAlias = str | Method
@@ -31,6 +35,7 @@ AnyMethod: TypeAlias = str | Method
 _RANKING = {field.name for field in fields(Ranking)}
 
 
+@torch.inference_mode(False)  # whoever calls in inference mode gets weights that can be trained
 def prune(
     model: nn.Module,
     method: AnyMethod | Sequence[AnyMethod] = "magnitude",
@@ -64,18 +69,28 @@ def prune(
     :class:`PruningError` for anything else that does not fit, :class:`UnsupportedModel` for a model that no spec
     describes.
     """
+    expect(type(seed) is int and seed >= 0, PruningError, "a seed of at least 0", got=repr(seed))
     about_ranks = {name: value for name, value in options.items() if name in _RANKING}
     check_types(Ranking, about_ranks)
     ranking = Ranking(**about_ranks)
-    methods = [method] if isinstance(method, str | Method) else list(method)
+    methods: list[Any] = list(method) if isinstance(method, Sequence) and not isinstance(method, str) else [method]
     expect(bool(methods), PruningError, "at least one method", got="none")
+    for one in methods:
+        expect(isinstance(one, str | Method), PruningError, f"a method out of {', '.join(METHODS)}", got=repr(one))
+    expect(type(rounds) is int and rounds >= 1, PruningError, "at least one round", got=repr(rounds))
+    fits = recovery is None or isinstance(recovery, Mapping)
+    expect(fits, PruningError, 'recovery such as {"epochs": 1}, options of recover', got=repr(recovery))
+    fits = data is None or (isinstance(data, Iterable) and not isinstance(data, Tensor | str | Mapping))
+    expect(fits, PruningError, "data= of batches, such as a DataLoader", got=type(data).__name__)
     stages = _stages(methods, {name: value for name, value in options.items() if name not in _RANKING})
     dense = as_pruned(model)
+    for name, weight in dense.named_parameters():
+        expect(bool(weight.isfinite().all()), PruningError, f"finite weights in {name}", got="NaN or infinity")
     if isinstance(shape, str):
         known = (*shapes.names(), *shapes.names(dense=True))
         expect(shape in known, PruningError, f"a spec, or a published shape out of {', '.join(known)}", got=repr(shape))
     target = shapes.get(shape) if isinstance(shape, str) else shape
-    each = list(constraints) if isinstance(constraints, Sequence) else [constraints]
+    each = mappings_of(constraints)
     budget = Budget.of(dense.spec, each[-1], cost, ranking, target)
     if isinstance(constraints, Sequence):
         fits = len(each) == len(stages) and rounds == 1
@@ -92,6 +107,9 @@ def prune(
     # scores of several methods look at the images several times
     again = list(data) if isinstance(data, Iterator) else data
     small = chosen.prune(Job(dense, budget, again, seed, train, validation, on_step))
+    if not small.spec.num_classes and small.spec.embed_dim != dense.spec.embed_dim:
+        what = "features are %d wide now, and were %d: groups without channel would leave them"
+        logger.warning(what, small.spec.embed_dim, dense.spec.embed_dim)
     earlier = [dense.provenance["method"]] if "method" in dense.provenance else []
     small.provenance |= {
         "method": "+".join(earlier + [m if isinstance(m, str) else type(m).__name__.lower() for m in methods]),
@@ -131,7 +149,7 @@ def _stages(methods: Sequence[AnyMethod], options: Mapping[str, Any]) -> list[St
             expect(len(methods) > 1 or not options, PruningError, "options inside the method", got=sorted(options))
             stages.append(Stage(method))
             continue
-        name, _, kinds = method.partition(":")
+        name, colon, kinds = method.partition(":")
         own = {key: value for key, value in options.items() if len(methods) == 1 or key in _options(name)}
-        stages.append(Stage(named_method(name, own), check_kinds(kinds.split(",")) if kinds else None))
+        stages.append(Stage(named_method(name, own), check_kinds(kinds.split(",")) if colon else None))
     return stages

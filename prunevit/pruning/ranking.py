@@ -56,6 +56,7 @@ class Ranking:
 
     def __post_init__(self) -> None:
         if self.groups is not None:
+            expect(bool(self.groups), PruningError, f"groups out of {', '.join(KINDS)}, or None", got="none")
             object.__setattr__(self, "groups", check_kinds(self.groups))
         names = get_args(Normalizer)
         known = self.normalizer is None or self.normalizer in names

@@ -91,6 +91,9 @@ class Loss:
             recipe,
             None if teacher is None else Student(teacher, self.features(recipe, teacher)),
         )
+        taught, own = (getattr(m, "num_classes", None) for m in (teacher, student))
+        fits = None in (taught, own) or taught == own
+        expect(fits, PruningError, f"a teacher of {own} classes, as the model has", got=taught)
         self.channels: Tensor | None = None
         plan = getattr(student, "plan", None)
         if teacher is not None and recipe.distillation == "feature":

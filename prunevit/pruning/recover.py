@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CheckpointError, PruningError, expect
 from .dealing import Dealer
-from .method import Batches, Job, evaluating
+from .method import Batches, Job, evaluating, read_batch
 from .recipe import Loss, Recipe, Student
 from .training_state import read_facts, read_state, write_state
 
@@ -40,6 +40,7 @@ class Step:
     lr: float
 
 
+@torch.inference_mode(False)  # whoever calls in inference mode trains all the same
 def recover(
     model: nn.Module,
     data: Batches,
@@ -83,7 +84,9 @@ def accuracy(model: nn.Module, data: Batches) -> float:
     device = next(model.parameters()).device
     right = seen = 0
     with evaluating(model), torch.no_grad():
-        for images, labels in data:
+        for batch in data:
+            images, labels = read_batch(batch, model, "accuracy")
+            assert labels is not None
             right += int((model(images.to(device)).argmax(-1) == labels.to(device)).sum())
             seen += len(labels)
     expect(seen > 0, PruningError, "at least one image to measure accuracy on", got="none")
@@ -159,10 +162,12 @@ class _Run:
     def _epoch(self, epoch: int) -> float:
         losses, waiting, group = [], 0, 0
         self.optimizer.zero_grad()
-        for at, (images, labels) in enumerate(self.dealer.epoch(self.recipe.seed, epoch)):
+        for at, batch in enumerate(self.dealer.epoch(self.recipe.seed, epoch)):
+            images, target = read_batch(batch, self.model, "recover")
+            assert target is not None
             if at % self.recipe.accumulate == 0:
                 group = min(self.recipe.accumulate, self.dealer.batches - at)
-            images, target = images.to(self.device), labels.to(self.device)
+            images, target = images.to(self.device), target.to(self.device)
             if self.mix is not None:
                 images, target = self.mix(images.clone(), target)  # it mixes in place, and the images are the caller's
             with self.autocast:

@@ -28,10 +28,8 @@ def compact(model: nn.Module, plan: Plan) -> PrunedViT:
     expect(fits, PruningError, "a plan made for a model of this shape", got=f"one of width {plan.dense.embed_dim}")
     left = plan.spec()
     weights = dense.state_dict()
-    like = dense.pos_embed
-    small = PrunedViT(
-        dense.spec.replace(embed_dim=left.embed_dim, blocks=left.blocks), device=like.device, dtype=like.dtype
-    )
+    # no initialisation, which would draw on the caller's chance: every tensor is a copy of the dense model's
+    small = PrunedViT(dense.spec.replace(embed_dim=left.embed_dim, blocks=left.blocks), device="meta")
     kept = dict(kept_indices(plan))
     gains = set(norm_weights(plan))
     state = {}
@@ -40,8 +38,8 @@ def compact(model: nn.Module, plan: Plan) -> PrunedViT:
         for axis, index in enumerate(kept.get(name, ())):
             if index is not None:
                 weight = weight.index_select(axis, index.to(weight.device))
-        state[name] = weight * plan.norm_gain if name in gains else weight
-    small.load_state_dict(state)
+        state[name] = weight * plan.norm_gain if name in gains else weight.clone()
+    small.load_state_dict(state, assign=True)
     before = None if dense.plan is None else Plan.from_dict(dense.plan)
     small.plan = (plan if before is None else before.then(plan)).to_dict()
     small.provenance, small.pretrained_cfg = dict(dense.provenance), dict(dense.pretrained_cfg)

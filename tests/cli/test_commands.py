@@ -197,6 +197,13 @@ def test_the_same_seed_prunes_alike(call: Call, checkpoint: Path, tmp_path: Path
     assert plans[0] == plans[1] != plans[2]
 
 
+def test_eval_of_features_is_refused(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    model = api.load(checkpoint)
+    model.reset_classifier(0)
+    api.save(model, tmp_path / "features")
+    refused(call("eval", tmp_path / "features", *DIGITS), "a checkpoint with classes")
+
+
 def test_finetune_can_learn_new_classes(call: Call, checkpoint: Path, tmp_path: Path) -> None:
     for place, name in enumerate(("dark", "bright")):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -217,6 +224,21 @@ def test_finetune_can_learn_new_classes(call: Call, checkpoint: Path, tmp_path: 
     assert model.spec.num_classes == 2
     found = call("run", tmp_path / "two", data / "bright" / "3.png", "--backend", "torch", "--json").json
     assert {top["label"] for top in found["images"][0]["top"]} == {"dark", "bright"}
+
+
+def test_finetune_gives_a_timm_model_classes_of_ones_own(call: Call, tmp_path: Path) -> None:
+    for place, name in enumerate(("dark", "bright")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (8, 8), (200 * place + i, 0, 0)).save(tmp_path / "images" / name / f"{i}.png")
+    options = ("--data", tmp_path / "images", "--no-pretrained", "--recipe", "max_steps=1", "--batch-size", 4)
+    told = call("finetune", "test_vit", *options, "--out", tmp_path / "two")
+    refused(told, "prunevit finetune --new-classes")
+    found = call("finetune", "test_vit", *options, "--new-classes", "--out", tmp_path / "two", "--json").json
+    assert found["model"] == "test_vit"
+    model = api.load(tmp_path / "two")
+    assert (model.spec.num_classes, model.pretrained_cfg["label_names"]) == (2, ["bright", "dark"])
+    assert model.provenance["base_model"].startswith("test_vit")
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -293,3 +315,20 @@ def test_a_broken_image_in_a_worker_is_one_message(call: Call, checkpoint: Path,
     assert answer.code == 1
     assert answer.json["error"]["type"] == "DataError"
     assert answer.json["error"]["message"].startswith("cannot read the image")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("prune", "{model}", "--macs", "50%"), ("finetune", "{model}", "--data", "digits"), ("demo",)],
+    ids=lambda command: command[0],
+)
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    call: Call, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("prunevit.cli._models.open_model", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(api, "load", lambda *_: pytest.fail("opened"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint").write_text("in the way")
+    out = "." if command[0] == "demo" else "checkpoint"
+    arguments = [word.format(model=checkpoint) for word in command]
+    refused(call(*arguments, "--out", out, "--json"), "checkpoint: expected a directory .* a file")

@@ -230,6 +230,11 @@ def test_a_latency_budget_on_the_real_clock(call: Call, tmp_path: Path, monkeypa
         (("--macs", "50%", "--method", "auto"), "measure accuracy"),
         (("--macs", "50%", "--method", "snp,auto:mlp"), "measure accuracy"),
         (("--macs", "50%", "--journal", "j"), "--method auto"),
+        (("--macs", "50%", "--on", "cpu"), "--on: expected --latency or --memory"),
+        (("--macs", "50%", "--batch", "8", "--table", "t.json"), "--batch, --table: expected --latency or --memory"),
+        (("--macs", "50%", "--backend", "torch"), "--backend: expected --latency or --memory"),
+        (("--macs", "50%", "--method", "magnitude", "--stages", "2"), "--stages: expected --method gohsp"),
+        (("--macs", "50%", "--tau", "0.1"), "--tau: expected --method auto"),
         (("--macs", "50%", "--method", "auto", "--data", "digits", "--plot", "p.txt"), ".png"),
     ],
 )

@@ -16,7 +16,7 @@ def test_explain(call: Call, checkpoint: Path, tmp_path: Path) -> None:
     page = tmp_path / "where.html"
     found = call("explain", checkpoint, "--rounds", 1, "--batch", 2, "--threads", 1, "--html", page, "--json").json
     assert found["batch"] == 2
-    assert found["model"] == "tiny"
+    assert found["model"] == str(checkpoint)
     assert found["html"] == str(page)
     assert page.read_text("utf-8").startswith("<!doctype html>")
     assert [step["op"] for step in found["steps"]][:2] == ["patch_embed", "norm_linear"]

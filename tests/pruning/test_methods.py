@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+from prunevit.errors import PruningError
 from prunevit.models import PrunedViT
-from prunevit.pruning import METHODS, Plan, groups_of, prune
+from prunevit.pruning import METHODS, Plan, Ranking, Recipe, accuracy, groups_of, prune, recover
 from prunevit.pruning.scorers import SCORERS
 from prunevit.runtime import Runtime
 from prunevit.spec import ViTSpec
@@ -114,3 +120,109 @@ def test_latency_is_a_budget_for_whoever_measures_it() -> None:
     )
     assert measure(small.spec) <= 0.8 * measure(SPEC)
     assert len(asked) == len(set(asked)) + 2 < 40, "a measurement takes seconds"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_callers_chance_is_left_alone(method: str) -> None:
+    options: dict[str, object] = {"validation": DATA, "tau": 1.0, "scorer": "magnitude"} if method == "auto" else {}
+    before = torch.random.get_rng_state()
+    prune(MODEL, method, {"macs": "80%"}, DATA, **options)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "reason"),
+    [
+        ("magnitude", {"seed": -1}, "a seed of at least 0, got -1"),
+        ("magnitude", {"seed": 0.5}, "a seed of at least 0"),
+        ("magnitude:", {}, "kinds of group .* got ''"),
+        ("magnitude", {"constraints": "80%"}, r'constraints such as .* "45%"}, got .80%'),
+        (["magnitude"], {"constraints": ["80%"]}, "constraints such as"),
+        (["magnitude"], {"constraints": []}, "constraints such as"),
+        (None, {}, "a method out of .* got None"),
+        ([3], {}, "a method out of .* got 3"),
+        ("magnitude", {"rounds": 2.5}, "at least one round, got 2.5"),
+        ("magnitude", {"recovery": True}, "options of recover, got True"),
+        ("snp", {"data": IMAGES}, "batches, such as a DataLoader, got Tensor"),
+        ("snp", {"data": 7}, "batches, such as a DataLoader, got int"),
+    ],
+)
+def test_what_does_not_fit_is_named(method: str, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(PruningError, match=reason):
+        prune(MODEL, **{"method": method, "constraints": {"macs": "80%"}, "data": DATA, **options})
+
+
+IMAGE, LABEL = DATA[0]
+WRONG = {
+    "another_size": ((IMAGE[..., :16], LABEL), r"images \[B, 3, 24, 32\], got \[12, 3, 24, 16\]"),
+    "other_channels": ((IMAGE[:, :1], LABEL), r"images \[B, 3, 24, 32\]"),
+    "one_image": (IMAGE[0], r"images \[B, 3, 24, 32\]"),
+    "a_dict": ({"image": IMAGE, "label": LABEL}, r"batches of \(images, labels\), got dict"),
+    "numbers": (7, r"batches of \(images, labels\), got int"),
+}
+WRONG_LABELS = {
+    "no_labels": ((IMAGE,), "got images alone"),
+    "labels_of_another_model": ((IMAGE, LABEL + 7), r"an integer from 0 to 6 .* with \d+ to \d+"),
+    "labels_below_0": ((IMAGE, LABEL - 7), "an integer from 0 to 6"),
+    "too_few_labels": ((IMAGE, LABEL[:3]), "each of 12 images"),
+    "float_labels": ((IMAGE, LABEL.float()), "an integer from 0 to 6"),
+}
+
+
+@pytest.mark.parametrize("name", [*WRONG, *WRONG_LABELS])
+def test_a_batch_that_does_not_fit_is_named(name: str) -> None:
+    batch, reason = {**WRONG, **WRONG_LABELS}[name]
+    data: Any = [batch]
+    with pytest.raises(PruningError, match=reason):
+        prune(MODEL, "taylor", {"macs": "80%"}, data)
+    with pytest.raises(PruningError, match=reason):
+        recover(prune(MODEL, "magnitude", {"macs": "80%"}), data, epochs=1)
+    with pytest.raises(PruningError, match=reason):
+        accuracy(MODEL, data)
+    if name in WRONG:
+        with pytest.raises(PruningError, match=reason):
+            prune(MODEL, "snp", {"macs": "80%"}, data)
+    else:
+        prune(MODEL, "snp", {"macs": "80%"}, data)  # which looks at no labels
+
+
+def test_what_is_no_number_is_named() -> None:
+    with pytest.raises(PruningError, match="finite images"):
+        prune(MODEL, "snp", {"macs": "80%"}, [IMAGES * torch.nan])
+    spoilt = random_model(SPEC)
+    with torch.no_grad():
+        spoilt.blocks[1].mlp.fc1.weight[0, 0] = torch.nan
+    with pytest.raises(PruningError, match=r"finite weights in blocks\.1\.mlp\.fc1\.weight"):
+        prune(spoilt, "snp", {"macs": "80%"}, DATA)
+
+
+def test_a_teacher_of_other_classes_is_named() -> None:
+    with pytest.raises(PruningError, match="a teacher of 7 classes, as the model has, got 3"):
+        recover(random_model(SPEC), DATA, teacher=random_model(SPEC.replace(num_classes=3)), epochs=1)
+
+
+def test_in_inference_mode_too_what_comes_out_can_be_trained() -> None:
+    with torch.inference_mode():
+        small = prune(MODEL, "taylor", {"macs": "80%"}, [(random_images(SPEC, 4), torch.arange(4))])
+        recover(small, DATA, epochs=1)
+    small(IMAGES).sum().backward()
+    assert small.pos_embed.grad is not None
+
+
+@pytest.mark.parametrize("of", ["every method", "`recover`", *(f"`{name}`" for name in METHODS)])
+def test_the_page_has_every_option_with_its_default(of: str) -> None:
+    kind: Any = {"every method": Ranking, "`recover`": Recipe}.get(of) or METHODS[of.strip("`")]
+    defaults = [(f.name, f.default_factory() if f.default is MISSING else f.default) for f in fields(kind)]  # type: ignore[operator]
+    said = ", ".join(f"`{name}={default!r}`" for name, default in defaults) or "–"
+    page = Path(__file__).parents[2] / "docs/methods.md"
+    kinds = ", ".join(f"`{kind}`" for kind in METHODS[of.strip("`")].groups) if of.strip("`") in METHODS else ""
+    assert f"| {of} | {said} | {kinds}" in page.read_text("utf-8")
+
+
+def test_features_that_become_narrower_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    backbone = random_model(SPEC.replace(num_classes=0))
+    with caplog.at_level(logging.WARNING, "prunevit"):
+        prune(backbone, "snp", {"macs": "80%"}, DATA, groups=("qk", "v", "mlp"))
+        assert not caplog.text
+        small = prune(backbone, "snp", {"macs": "80%"}, DATA)
+    assert f"features are {small.spec.embed_dim} wide" in caplog.text

@@ -87,6 +87,7 @@ def test_patterns_match_as_globs_parts_and_kinds() -> None:
     ("options", "reason"),
     [
         ({"groups": ("heads",)}, "kinds of group"),
+        ({"groups": ()}, "groups out of head, .* got none"),
         ({"normalizer": "softmax"}, "normalizer"),
         ({"global_pruning": True, "isomorphic": True}, "one of"),
         ({"pruning_ratio": 1.5}, "pruning_ratio"),
