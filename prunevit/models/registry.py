@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from timm.layers import resample_abs_pos_embed
@@ -91,6 +92,10 @@ def pretrained_cfg_of(spec: ViTSpec, base: Mapping[str, Any] | None = None) -> d
         kept = {name: value for name, value in kept.items() if not name.startswith("label_")}
     if not spec.dynamic_img_size:
         kept.pop("test_input_size", None)
+    for name in ("mean", "std"):
+        values = kept.get(name, ())
+        if len(values) not in (0, 1, spec.in_chans):  # timm changes a model's channels and leaves their statistics
+            kept[name] = [fmean(values)] * spec.in_chans
     return {
         **kept,
         "architecture": "prunevit",

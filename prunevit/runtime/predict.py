@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import Tensor
 
+from ..data import data_config
 from ..errors import InputError, expect
+from ..models.registry import pretrained_cfg_of
 from ..spec import ViTSpec
 
 ImageLike = str | os.PathLike[str] | Image.Image
@@ -32,10 +35,18 @@ class Predictor:
     """Prepares images and names classes for one model."""
 
     def __init__(self, pretrained_cfg: Mapping[str, Any], spec: ViTSpec) -> None:
-        cfg = {**pretrained_cfg, "input_size": (spec.in_chans, *spec.img_size)}
-        self.transform = create_transform(**resolve_data_config(pretrained_cfg=cfg), is_training=False)
+        self.cfg, self.size = pretrained_cfg_of(spec, pretrained_cfg), (spec.in_chans, *spec.img_size)
         self.mode = "L" if spec.in_chans == 1 else "RGB"
         self.labels = _labels(pretrained_cfg, spec.num_classes)
+
+    @cached_property
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """timm's, made when images come: a model whose images others prepare needs none."""
+        try:
+            made: Callable[[Image.Image], Tensor] = create_transform(**data_config(self.cfg, self.size))
+        except (KeyError, ValueError, AssertionError) as error:
+            raise InputError(f"expected a pretrained_cfg that timm can prepare images by, got {error!r}") from error
+        return made
 
     def prepare(self, images: Sequence[ImageLike]) -> Tensor:
         """[B, C, H, W] in fp32, whatever PyTorch's default is."""
@@ -50,7 +61,7 @@ class Predictor:
         try:
             with Image.open(path) as opened:
                 return opened.convert(self.mode)
-        except (UnidentifiedImageError, OSError) as error:
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
             raise InputError(f"expected an image that Pillow reads, got {path}: {error}") from error
 
     def top(self, logits: Tensor, top_k: int) -> list[list[Prediction]]:

@@ -281,6 +281,22 @@ def test_predict_reads_paths_and_pictures_and_names_classes(tmp_path: object) ->
     assert "class" not in from_path[0].label  # ImageNet's own names
 
 
+def test_predict_in_one_channel_takes_the_mean_of_three() -> None:
+    timm_model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4, in_chans=1)
+    assert len(timm_model.pretrained_cfg["mean"]) == 3
+    runtime = Runtime(timm_model, device="cpu")
+    ((best,),) = runtime.predict(Image.new("RGB", (40, 40), "white"), top_k=1)
+    assert best.label.startswith("class ")
+
+
+def test_predict_refuses_a_config_that_timm_does_not_know() -> None:
+    model = random_model(SPECS["uniform"])
+    model.pretrained_cfg = {"interpolation": "bogus"}
+    runtime = Runtime(model, device="cpu")
+    with pytest.raises(InputError, match=r"that timm can prepare images by, got KeyError.*bogus"):
+        runtime.predict(Image.new("RGB", (40, 40)))
+
+
 @pytest.mark.parametrize("count", [1, 5, 7])
 def test_predict_runs_in_batches(count: int) -> None:
     runtime = Runtime(random_model(vit(block(), img_size=(8, 8))), device="cpu")
