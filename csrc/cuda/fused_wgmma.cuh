@@ -17,8 +17,8 @@ namespace prunevit::mlp {
 // The rows that follow come into the L2 cache, where they lie close together.
 PRUNEVIT_DEVICE void prefetch_rows(const Arguments& a, int row0, int rows) {
     const int left = a.shape.rows - row0, live = left < rows ? left : rows;
-    if (!a.wide || a.pitch > 2 * a.shape.embed) return;
-    prefetch_bulk(a.x + row0 * a.pitch, static_cast<int>((live - 1) * a.pitch + a.shape.embed / 8 * 8) * 2);
+    const int bytes = static_cast<int>((live - 1) * a.pitch + a.shape.embed / 8 * 8) * 2;
+    if (a.wide && a.pitch <= 2 * a.shape.embed && bytes > 0) prefetch_bulk(a.x + row0 * a.pitch, bytes);
 }
 
 // The row tiles of this block.

@@ -177,3 +177,8 @@ def test_wgmma_gemms_leave_wider_rows_to_two_gemms(emulator: Path, tmp_path: Pat
 def test_hoppers_kernels_name_the_gpu_that_they_need(emulator: Path, tmp_path: Path, kernel: str) -> None:
     with pytest.raises(RuntimeError, match=rf"'{kernel}': M=3 .* needs sm_90, the GPU is sm_89"):
         check(emulator, tmp_path, draw(37, 70), 3, kernel=kernel, gpu=RTX_4090)
+
+
+def test_a_tile_of_one_narrow_row_follows(emulator: Path, tmp_path: Path) -> None:
+    """Nothing of it can be fetched ahead: it has no sixteen bytes."""
+    check(emulator, tmp_path, draw(7, 5), 129, kernel="wgmma", gpu=ONE_SM, pitch=8)

@@ -88,6 +88,8 @@ def _prefetch(block: Block, given: Instruction) -> Operation:
 
     def prefetch(block: Block, lanes: Array) -> None:
         for at, size in zip(address(lanes).tolist(), length(lanes).tolist(), strict=True):
+            if size < 1:
+                raise Fault("a prefetch of nothing")
             block.memory.at(at)
             block.memory.at(at + size - 1)
 
