@@ -67,12 +67,12 @@ def measure(
     program = (str(Path(__file__).with_name("_gpu_worker.py")),)
     peers = [Peer(impl, job, program) for impl in impls]
     probe = Peer("peak", job, program)
-    quick = [peer for peer in peers if not peer.name.endswith(SLOW)]
-    slow = [peer for peer in peers if peer not in quick]
-    # each group starts at once, ours in the first one; a lock lets one build at a time
+    # the quick ones, ours among them, start at once, and then the slow ones; a lock lets one build at a time
+    everyone = sorted([*peers, probe], key=lambda peer: peer.name.endswith(SLOW))
+    quick = sum(not peer.name.endswith(SLOW) for peer in everyone)
     failed = run_interleaved(
-        [*quick, probe, *slow], threads=4, rounds=rounds, seconds=seconds * len(works), progress=progress,
-        at_once=len(quick) + 1, build_seconds=build_seconds, dispensable=set(impls) - {"prunevit"},
+        everyone, threads=4, rounds=rounds, seconds=seconds * len(works), progress=progress,
+        at_once=quick, build_seconds=build_seconds, dispensable=set(impls) - {"prunevit"},
     )  # fmt: skip
     ran = [peer for peer in peers if peer.name not in failed]
     return rows_of(kind, works, ran, probe.facts), {impl: str(failure) for impl, failure in failed.items()}
@@ -211,12 +211,10 @@ def bench(
     """Measure a few works after the other until the limit; print the table, write the files."""
     until, rows, failed = time.monotonic() + limit, list[dict[str, Any]](), dict[str, dict[str, str]]()
     several = 1 if kind == "model" else 6
-    left = [
-        (name, works[first : first + several])
-        for name in names
-        for works in [works_of(kind, name, batches)]
-        for first in range(0, len(works), several)
-    ]
+    left = list[tuple[str, list[Work]]]()
+    for name in names:
+        works = works_of(kind, name, batches)
+        left += [(name, works[first : first + several]) for first in range(0, len(works), several)]
     while left and (not rows or until - time.monotonic() > LEAST):
         name, works = left.pop(0)
         timing = rounds * 0.1 * len(works) * len(impls or IMPLS[kind])  # twice the seconds that are asked for
@@ -230,10 +228,10 @@ def bench(
         rows += measured
         for reason in left_out.values():
             console.print(f"[yellow]{name}, left out:[/] {reason}")
-        failed.setdefault(name, {}).update(left_out)
+        if left_out:
+            failed.setdefault(name, {}).update(left_out)
         if out is not None:
-            reasons = {name: why for name, why in failed.items() if why}
-            write(kind, {"environment": environment(dtype), "failed": reasons, "rows": rows}, out)
+            write(kind, {"environment": environment(dtype), "failed": failed, "rows": rows}, out)
     Console(width=150).print(table_of(rows))
     if kind == "fused_mlp":
         Console(width=150).print(kernels_of(rows))

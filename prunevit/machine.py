@@ -26,7 +26,9 @@ def machine() -> dict[str, Any]:
 
 def cores() -> int:
     """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from prunevit_kernels.target import available_cores
+
+    return available_cores()
 
 
 def installed(package: str) -> str | None:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configs import Tile
+from .units import round_up
 
 BLOCK_K = 64  # packed weights have zeros up to a multiple of this, so that no load of weights is masked along k
 WIDEST_BLOCK = 256  # and vectors of output columns up to one of this: a mask would have them loaded one by one
@@ -144,7 +145,7 @@ class PackedLinear:
         in_dim: int | None = None, channels: tuple[int, ...] | None = None,
     ) -> None:  # fmt: skip
         self.out_dim, self.in_dim = weight.shape[0], in_dim or weight.shape[1]
-        padded = -(-self.in_dim // BLOCK_K) * BLOCK_K
+        padded = round_up(self.in_dim, BLOCK_K)
         self.weight = torch.zeros(self.out_dim, padded, device=device, dtype=dtype)
         columns = torch.arange(self.in_dim) if channels is None else torch.tensor(channels)
         self.weight[:, columns.to(device)] = weight.detach().to(device, dtype)

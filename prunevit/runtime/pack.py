@@ -17,7 +17,6 @@ from prunevit_kernels import (
     LinearResidual,
     NormLinear,
     PatchEmbed,
-    Pool,
     PoolHead,
     RaggedAttention,
     Target,
@@ -26,6 +25,7 @@ from prunevit_kernels import (
 from prunevit_kernels.fold import Sublayer, fold_norm, spread
 
 from ..spec import ViTSpec
+from .walk import pooling
 
 
 class Weights:
@@ -125,15 +125,11 @@ def pool_head_op(spec: ViTSpec, weights: Weights) -> PoolHead:
     """The final norm, pooling and classifier; the norm is folded into the classifier where pooling is linear."""
     norm = weights.affine("norm") if spec.final_norm else None
     fc_norm = weights.affine("fc_norm") if spec.fc_norm else None
-    pool: Pool = "none" if spec.global_pool == "" or spec.global_pool == "map" else spec.global_pool
-    prefix = 0 if spec.pool_include_prefix else spec.num_prefix_tokens
-    if spec.distilled and spec.num_classes == 0:
-        pool, prefix = "avg", 0  # of the two tokens that are all it is given
+    pool, prefix = pooling(spec)
     if spec.global_pool == "map" or spec.num_classes == 0:
         return PoolHead(spec.embed_dim, pool, prefix, spec.norm_eps, _single(norm), _single(fc_norm))
     weight, bias = weights["head.weight"], weights["head.bias"]
     if spec.distilled:
-        pool = "tokens"
         weight = torch.cat([weight, weights["head_dist.weight"]], dim=1) / 2
         bias = (bias + weights["head_dist.bias"]) / 2
     # an affine norm without its affine part still normalises: weight one, bias zero

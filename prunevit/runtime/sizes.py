@@ -13,7 +13,7 @@ import torch
 from prunevit_kernels import HeadTable, Target
 
 from ..spec import BlockSpec, TokenSelect, ViTSpec
-from .walk import View, Walk
+from .walk import View, Walk, pooling
 
 Fixed = tuple[str | int | bool, ...]
 
@@ -127,19 +127,16 @@ class _Sizes(Walk):
     def head(self) -> None:
         spec = self.spec
         mapped = spec.global_pool == "map"
-        pool = "tokens" if spec.distilled else "none" if spec.global_pool in ("", "map") else spec.global_pool
-        prefix = 0 if spec.pool_include_prefix else spec.num_prefix_tokens
-        if spec.distilled and not spec.num_classes:
-            pool, prefix = "avg", 0
+        pool, prefix = pooling(spec)
         classes = 0 if mapped else spec.num_classes
         fixed = (pool, prefix, spec.final_norm, spec.fc_norm, classes)
         features = View("features", self.tokens, self.width)
         out = features if mapped else View("out", self.rows if pool == "none" else 0, classes or self.width)
         self.add("pool_head", fixed, (self.rows, self.width), self.x, out)
         if mapped and spec.attn_pool is not None:
-            pooling = (spec.attn_pool.num_heads, spec.attn_pool.mlp_dim, prefix, spec.num_classes)
+            attention = (spec.attn_pool.num_heads, spec.attn_pool.mlp_dim, prefix, spec.num_classes)
             out = View("out", 0, spec.num_classes or self.width)
-            self.add("latent_pool", pooling, (self.tokens, self.width), features, out)
+            self.add("latent_pool", attention, (self.tokens, self.width), features, out)
 
 
 def _count(channels: tuple[int, ...] | None) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from prunevit_kernels import Rule
+from prunevit_kernels import Pool, Rule
 
 from ..spec import BlockSpec, TokenSelect, ViTSpec
 
@@ -84,6 +84,16 @@ class Walk(ABC):
 
     @abstractmethod
     def head(self) -> None: ...
+
+
+def pooling(spec: ViTSpec) -> tuple[Pool, int]:
+    """How the head pools the tokens that it is given, and how many of the first it leaves out."""
+    if spec.distilled and not spec.num_classes:
+        return "avg", 0  # of the two tokens that are all it is given
+    if spec.distilled:
+        return "tokens", spec.num_unpooled_tokens
+    pool: Pool = "none" if spec.global_pool == "" or spec.global_pool == "map" else spec.global_pool
+    return pool, spec.num_unpooled_tokens
 
 
 def _last_attention(spec: ViTSpec) -> int | None:

@@ -22,12 +22,9 @@ from prunevit_kernels import (
     RaggedAttention,
     TokenScores,
 )
+from prunevit_kernels.units import round_up
 
 LANES = {"avx512": 16, "avx2": 8, "baseline": 4}  # fp32 numbers in a vector
-
-
-def up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
 
 
 def cpu_macs(op: Op, buffers: Sequence[Tensor], lanes: int) -> int | None:
@@ -36,26 +33,26 @@ def cpu_macs(op: Op, buffers: Sequence[Tensor], lanes: int) -> int | None:
     Attention has queries in its lanes, so that head widths are exact and the last vector of queries is not.
     """
     if isinstance(op, NormLinear | LinearResidual):
-        return _rows(buffers[0]) * op.weight.shape[1] * up(op.weight.shape[0], lanes)
+        return _rows(buffers[0]) * op.weight.shape[1] * round_up(op.weight.shape[0], lanes)
     if isinstance(op, FusedMlp):
-        first = op.w1.shape[1] * up(op.w1.shape[0], lanes)
-        second = op.w2.shape[1] * up(op.w2.shape[0], lanes)
+        first = op.w1.shape[1] * round_up(op.w1.shape[0], lanes)
+        second = op.w2.shape[1] * round_up(op.w2.shape[0], lanes)
         return _rows(buffers[0]) * (first + second)
     if isinstance(op, RaggedAttention):
         per_pair = sum(op.heads.qk_dims) + sum(op.heads.v_dims)
         batch, keys = buffers[0].shape[:2]
-        return batch * up(buffers[1].shape[1], lanes) * keys * per_pair
+        return batch * round_up(buffers[1].shape[1], lanes) * keys * per_pair
     if isinstance(op, TokenScores):
         batch, keys = buffers[0].shape[:2]
         queries = 1 if op.rule == "class_attention" else keys
-        return batch * up(queries, lanes) * keys * sum(op.heads.qk_dims)
+        return batch * round_up(queries, lanes) * keys * sum(op.heads.qk_dims)
     if isinstance(op, PatchEmbed):
         embed_dim = op.weight.shape[0]
-        return buffers[0].shape[0] * len(op.positions) * op.weight[0].numel() * up(embed_dim, lanes)
+        return buffers[0].shape[0] * len(op.positions) * op.weight[0].numel() * round_up(embed_dim, lanes)
     if isinstance(op, PoolHead):
         if op.weight is None:
             return 0
-        return _pooled_rows(op, buffers) * op.weight.shape[1] * up(op.weight.shape[0], lanes)
+        return _pooled_rows(op, buffers) * op.weight.shape[1] * round_up(op.weight.shape[0], lanes)
     return None
 
 
@@ -75,7 +72,7 @@ def cuda_macs(op: Op, packed: PackedOp, buffers: Sequence[Tensor]) -> int | None
     if isinstance(op, FusedMlp) and hasattr(packed, "extension"):
         weights = packed.weights  # type: ignore[attr-defined]
         padded = int(weights.w1.numel() + weights.w2.numel())  # to panels of 64, and of 16 output columns
-        return up(_rows(buffers[0]), packed.plan(buffers[0]).tile_rows) * padded  # type: ignore[attr-defined]
+        return round_up(_rows(buffers[0]), packed.plan(buffers[0]).tile_rows) * padded  # type: ignore[attr-defined]
     return None
 
 
@@ -85,14 +82,14 @@ def _triton_linear(call: Any) -> int:
         return 0
     rows, out, columns = call.problem.sizes
     tile, tail = call.tile, call.constants.get("TAIL")
-    padded = up(columns, tile.block_k) if tail is None else columns // tile.block_k * tile.block_k + tail
-    return int(up(rows, tile.block_m) * up(out, tile.block_n) * padded)
+    padded = round_up(columns, tile.block_k) if tail is None else columns // tile.block_k * tile.block_k + tail
+    return int(round_up(rows, tile.block_m) * round_up(out, tile.block_n) * padded)
 
 
 def _triton_attention(call: Any, packed: Any, buffers: Sequence[Tensor]) -> int:
     """Whole blocks of queries; keys in whole blocks and a tail in steps of 16; each head at its class's widths."""
     batch, keys = buffers[0].shape[:2]
-    queries = up(buffers[1].shape[1], call.tile.block_m)
+    queries = round_up(buffers[1].shape[1], call.tile.block_m)
     keys = keys // call.tile.block_n * call.tile.block_n + call.constants["TAIL"]
     widths = sum(sum(packed.menu[int(row[0])]) for row in packed.table.tolist())
     return int(batch * queries * keys * widths)
@@ -101,9 +98,9 @@ def _triton_attention(call: Any, packed: Any, buffers: Sequence[Tensor]) -> int:
 def _triton_scores(call: Any, op: TokenScores, buffers: Sequence[Tensor]) -> int:
     """Each launch multiplies whole blocks of queries by whole blocks of keys, all heads at the widest one's width."""
     batch, keys = buffers[0].shape[:2]
-    queries = up(1 if op.rule == "class_attention" else keys, call.tile.block_m)
+    queries = round_up(1 if op.rule == "class_attention" else keys, call.tile.block_m)
     width = call.constants["Q0"] + call.constants["Q1"]
-    return int(batch * len(op.heads) * queries * up(keys, call.tile.block_n) * width)
+    return int(batch * len(op.heads) * queries * round_up(keys, call.tile.block_n) * width)
 
 
 def _rows(buffer: Tensor) -> int:

@@ -16,6 +16,7 @@ from .._launch import Call, TritonOp, expect_rows
 from .._linear import BLOCK_K, store_columns
 from .._rows import layer_norm, packed_affine, rows_tile
 from ..target import Target
+from ..units import round_up
 from . import PatchEmbed
 
 
@@ -108,7 +109,7 @@ class Packed(TritonOp[PatchEmbed]):
         self.q_padded = 1 << (q - 1).bit_length()
         lines = torch.zeros(e, channels * p, self.q_padded)
         lines[:, :, :q] = op.weight.detach().reshape(e, channels * p, q)
-        self.columns = -(-channels * p * self.q_padded // BLOCK_K) * BLOCK_K
+        self.columns = round_up(channels * p * self.q_padded, BLOCK_K)
         self.weight = torch.zeros(e, self.columns, device=device, dtype=target.dtype)
         self.weight[:, : channels * p * self.q_padded] = lines.flatten(1).to(device)
         self.positions = op.positions.detach().to(device, torch.float32).contiguous()

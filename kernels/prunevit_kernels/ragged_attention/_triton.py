@@ -18,6 +18,7 @@ from .._expect import expect
 from .._launch import Call, TritonOp, expect_rows
 from ..heads import HeadTable
 from ..target import Target
+from ..units import round_up
 from . import RaggedAttention
 
 Class = tuple[int, int]
@@ -178,7 +179,7 @@ def exact_class(qk_dim: int, v_dim: int) -> Class:
     """The widths that one head is computed at when no other head has a say."""
 
     def up(dim: int) -> int:
-        width = -(-dim // 16) * 16
+        width = round_up(dim, 16)
         return 128 if width == 112 else width  # 64 + 32 + 16 would be three products
 
     return up(qk_dim), up(v_dim)
@@ -234,7 +235,7 @@ class Packed(TritonOp[RaggedAttention]):
         problem = Problem("ragged_attention", (b * len(self.table), queries, n), (*self.menu[0], len(self.menu)))
         tile = attention_tile(self.target, problem)
         expect(tile.block_n <= 128, "a tile of at most 128 keys", got=tile)
-        tail = -(-(n % tile.block_n) // 16) * 16
+        tail = round_up(n % tile.block_n, 16)
         grid = -(-queries // tile.block_m) * b * len(self.table)
         pitches = [stride // 8 for stride in (qkv.stride(0), qkv.stride(1), out.stride(0), out.stride(1))]
         constants = {
