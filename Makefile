@@ -1,6 +1,6 @@
 # make demo    prune a ViT on handwritten digits, run it, time a published shape   (a fresh clone needs nothing else)
 # make test    the whole test suite
-# make check   ruff, mypy, import-linter, one op one name
+# make check   ruff, clang-format, mypy, import-linter, one op one name
 # make sanitize  the C++ kernels' tests under AddressSanitizer and UBSan
 # make bench   whole models against eager, torch.compile, ONNX Runtime and OpenVINO; fills the README's table
 # make gpu     PART=tests|ragged_attention|norm_linear|fused_mlp|tune|model SHAPES= BATCH= OUT= WHEELS= SECONDS= BUILT=1:
@@ -11,9 +11,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+CPLUSPLUS := $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test check bench gpu compile-check sanitize clean
+.PHONY: demo test check format bench gpu compile-check sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/prunevit demo --out demo-out
@@ -24,9 +25,14 @@ test: $(VENV)/.installed
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPLUSPLUS)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_layout.py
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPLUSPLUS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python bench/model.py --device cpu --out bench/results

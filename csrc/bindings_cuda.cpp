@@ -24,10 +24,8 @@ constexpr bool kHopper = true;
 #else
 constexpr bool kHopper = false;
 #endif
-constexpr std::pair<const char*, Act> kActs[] = {{"gelu", Act::gelu},
-                                                 {"gelu_tanh", Act::gelu_tanh},
-                                                 {"quick_gelu", Act::quick_gelu},
-                                                 {"relu", Act::relu}};
+constexpr std::pair<const char*, Act> kActs[] = {
+    {"gelu", Act::gelu}, {"gelu_tanh", Act::gelu_tanh}, {"quick_gelu", Act::quick_gelu}, {"relu", Act::relu}};
 constexpr std::pair<const char*, Dtype> kDtypes[] = {{"float16", Dtype::fp16}, {"bfloat16", Dtype::bf16}};
 
 template <class T, size_t Count>
@@ -48,7 +46,8 @@ Shape shape_of(int rows, int embed, int in, int hidden, int out) {
     const Shape s{rows, embed, in, hidden, out};
     expect(rows >= 1 && embed >= 1 && hidden >= 1, "M, E, F >= 1, got " + describe(s));
     expect(1 <= in && in <= embed && 1 <= out && out <= embed, "1 <= K, N <= E, got " + describe(s));
-    expect(embed <= 1 << 16 && hidden <= 1 << 18 && rows <= 1 << 28, "E <= 65536, F <= 262144, M <= 2^28, got " + describe(s));
+    expect(embed <= 1 << 16 && hidden <= 1 << 18 && rows <= 1 << 28,
+           "E <= 65536, F <= 262144, M <= 2^28, got " + describe(s));
     return s;
 }
 
@@ -63,8 +62,8 @@ int attribute(cudaDeviceAttr which, int index) {
 }
 
 Device device_of(int index) {
-    const int sm = attribute(cudaDevAttrComputeCapabilityMajor, index) * 10 +
-                   attribute(cudaDevAttrComputeCapabilityMinor, index);
+    const int sm =
+        attribute(cudaDevAttrComputeCapabilityMajor, index) * 10 + attribute(cudaDevAttrComputeCapabilityMinor, index);
     return {sm, attribute(cudaDevAttrMultiProcessorCount, index),
             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index), kHopper};
 }
@@ -96,10 +95,11 @@ struct Memory {
 
 template <class T>
 T* pointer(const Memory& memory, int64_t needed, size_t alignment, const char* name) {
-    expect(memory.bytes >= needed, std::string(name) + " of " + std::to_string(needed) + " bytes, got " +
-                                       std::to_string(memory.bytes));
-    expect(memory.address != 0 && memory.address % alignment == 0,
-           std::string(name) + " at a multiple of " + std::to_string(alignment) + ", got " + std::to_string(memory.address));
+    expect(memory.bytes >= needed,
+           std::string(name) + " of " + std::to_string(needed) + " bytes, got " + std::to_string(memory.bytes));
+    expect(memory.address != 0 && memory.address % alignment == 0, std::string(name) + " at a multiple of " +
+                                                                       std::to_string(alignment) + ", got " +
+                                                                       std::to_string(memory.address));
     return reinterpret_cast<T*>(memory.address);
 }
 
@@ -192,7 +192,8 @@ PYBIND11_MODULE(_cuda, m) {
     m.doc() = "Fused MLPs on CUDA: raw pointers, sizes and streams. Use prunevit_kernels.FusedMlp.";
 
     py::class_<Shape>(m, "Shape", py::module_local(), "M, E, K (channels read), F, N (channels written)")
-        .def(py::init(&shape_of), py::arg("rows"), py::arg("embed"), py::arg("reads"), py::arg("hidden"), py::arg("writes"))
+        .def(py::init(&shape_of), py::arg("rows"), py::arg("embed"), py::arg("reads"), py::arg("hidden"),
+             py::arg("writes"))
         .def("__repr__", [](const Shape& s) { return "Shape(" + describe(s) + ")"; });
 
     py::class_<Device>(m, "Device", py::module_local(), "What the choice of a kernel depends on")
@@ -207,7 +208,8 @@ PYBIND11_MODULE(_cuda, m) {
 
     py::class_<Plan>(m, "Plan", py::module_local(), "A kernel and how it is launched")
         .def(py::init([](const Shape& shape, const Device& device, const std::optional<std::string>& kernel) {
-                 return plan_of(kernel ? named(kKernels, *kernel, "a kernel") : chosen_kernel(shape, device), shape, device);
+                 return plan_of(kernel ? named(kKernels, *kernel, "a kernel") : chosen_kernel(shape, device), shape,
+                                device);
              }),
              py::arg("shape"), py::arg("device"), py::arg("kernel") = py::none())
         .def_property_readonly("kernel", [](const Plan& p) { return name_of(p.kernel); })
@@ -220,15 +222,15 @@ PYBIND11_MODULE(_cuda, m) {
     py::class_<Weights>(m, "Weights", py::module_local(), "Packed weights: (address, bytes) each")
         .def(py::init([](Given w1, Given w2, Given b1, Given b2, Given gamma, std::optional<Given> reads,
                          std::optional<Given> writes) {
-                 return Weights{memory_of(w1), memory_of(w2), memory_of(b1), memory_of(b2), memory_of(gamma),
-                                memory_of(reads), memory_of(writes)};
+                 return Weights{memory_of(w1),    memory_of(w2),    memory_of(b1),    memory_of(b2),
+                                memory_of(gamma), memory_of(reads), memory_of(writes)};
              }),
              py::arg("w1"), py::arg("w2"), py::arg("b1"), py::arg("b2"), py::arg("gamma"), py::arg("reads"),
              py::arg("writes"));
 
     py::class_<Mlp>(m, "Mlp", py::module_local(), "One MLP bound to its buffers; launch(stream) only launches")
-        .def(py::init([](const Plan& plan, const Shape& shape, const std::string& dtype, const std::string& act, float eps,
-                         const Weights& weights, Given x, std::optional<Given> workspace, int device) {
+        .def(py::init([](const Plan& plan, const Shape& shape, const std::string& dtype, const std::string& act,
+                         float eps, const Weights& weights, Given x, std::optional<Given> workspace, int device) {
                  return Mlp(plan, shape, dtype, act, eps, weights, x, memory_of(workspace), device);
              }),
              py::arg("plan"), py::arg("shape"), py::arg("dtype"), py::arg("act"), py::arg("eps"), py::arg("weights"),

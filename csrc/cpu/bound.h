@@ -13,30 +13,30 @@ namespace prunevit {
 
 // A step with what it needs to stay alive, except the caller's buffers.
 class Bound {
- public:
-  // Takes the step and grows the pool's scratch to what it needs.
-  Bound(std::shared_ptr<Pool> pool, Step* step, std::vector<std::shared_ptr<const void>> owned);
+public:
+    // Takes the step and grows the pool's scratch to what it needs.
+    Bound(std::shared_ptr<Pool> pool, Step* step, std::vector<std::shared_ptr<const void>> owned);
 
-  void run() const;
-  const std::shared_ptr<Pool>& pool() const { return pool_; }
-  const Step& step() const { return *step_; }
+    void run() const;
+    const std::shared_ptr<Pool>& pool() const { return pool_; }
+    const Step& step() const { return *step_; }
 
- private:
-  std::shared_ptr<Pool> pool_;
-  std::vector<std::shared_ptr<const void>> owned_;
-  std::unique_ptr<Step> step_;
+private:
+    std::shared_ptr<Pool> pool_;
+    std::vector<std::shared_ptr<const void>> owned_;
+    std::unique_ptr<Step> step_;
 };
 
 // Holds the pool for as long as it lives.
 class Session {
- public:
-  explicit Session(Pool& pool) : pool_(pool) { pool_.lock(); }
-  ~Session() { pool_.unlock(); }
-  Session(const Session&) = delete;
-  Session& operator=(const Session&) = delete;
+public:
+    explicit Session(Pool& pool) : pool_(pool) { pool_.lock(); }
+    ~Session() { pool_.unlock(); }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
 
- private:
-  Pool& pool_;
+private:
+    Pool& pool_;
 };
 
 // Throws std::invalid_argument("expected {what}, got {got}").
@@ -58,12 +58,12 @@ Bound bind_select_tokens(std::shared_ptr<Pool>, SelectTokens);
 using Vector = std::vector<float>;
 
 struct Stem {
-  Vector positions, prefix, embed_norm, pre_norm;  // the norms may be empty
+    Vector positions, prefix, embed_norm, pre_norm;  // the norms may be empty
 };
 Bound bind_patch_embed(std::shared_ptr<Pool>, SharedLinear, std::shared_ptr<const Stem>, PatchEmbed op);
 
 struct Norms {
-  Vector norm, fc_norm;  // may be empty
+    Vector norm, fc_norm;  // may be empty
 };
 Bound bind_pool_head(std::shared_ptr<Pool>, SharedLinear or_null, std::shared_ptr<const Norms>, PoolHead op);
 

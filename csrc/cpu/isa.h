@@ -8,7 +8,7 @@ namespace prunevit {
 
 // PRUNEVIT_CPU_ISA names an instruction set that is not built, or that this machine does not have.
 struct IsaError : std::runtime_error {
-  using std::runtime_error::runtime_error;
+    using std::runtime_error::runtime_error;
 };
 
 // Built and runnable here, best first.

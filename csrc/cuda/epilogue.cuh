@@ -54,8 +54,7 @@ PRUNEVIT_DEVICE void add_residual(const Arguments& a, int row, int n, const Piec
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         if (i < left) {
-            to[a.writes == nullptr ? n + i : a.writes[n + i]] =
-                static_cast<uint16_t>(now.pair[i / 2] >> (i % 2 * 16));
+            to[a.writes == nullptr ? n + i : a.writes[n + i]] = static_cast<uint16_t>(now.pair[i / 2] >> (i % 2 * 16));
         }
     }
 }

@@ -1,4 +1,5 @@
 #include "fused_mma.cuh"
+
 #include "launch.h"
 
 namespace prunevit::mlp {

@@ -16,7 +16,7 @@ PRUNEVIT_DEVICE void copy_tile(uint32_t to, const unsigned char* from, int64_t b
 }
 
 template <Dtype D, int MT, int NU>
-__global__ void __launch_bounds__(kThreads, MT * NU <= 6 ? 2 : 1) fused_mma(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads, (MT * NU) <= 6 ? 2 : 1) fused_mma(const __grid_constant__ Arguments a) {
     constexpr int kRows = 32 * MT;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int row0 = blockIdx.x * kRows, warp_row0 = warp_row(warp) * 16 * MT;

@@ -1,4 +1,5 @@
 #include "fused_wgmma.cuh"
+
 #include "launch.h"
 
 namespace prunevit::mlp {

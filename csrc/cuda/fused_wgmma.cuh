@@ -31,7 +31,8 @@ struct OwnTiles {
 };
 
 PRUNEVIT_DEVICE void feed(const Arguments& a, const Ring& ring, const OwnTiles& tiles) {
-    const int w1_bytes = static_cast<int>(w1_chunk_bytes(a.shape)), w2_bytes = static_cast<int>(w2_chunk_bytes(a.shape));
+    const int w1_bytes = static_cast<int>(w1_chunk_bytes(a.shape)),
+              w2_bytes = static_cast<int>(w2_chunk_bytes(a.shape));
     Turn turn;
     for (int tile = tiles.first; tile < tiles.end; tile += tiles.step) {
         if (tile + tiles.step < tiles.end) prefetch_rows(a, (tile + tiles.step) * kTileRows, kTileRows);
@@ -83,7 +84,8 @@ PRUNEVIT_DEVICE void start_fc2(float (&sums)[Parts][Half], const uint32_t (&frag
             multiply_wide<D, 2 * Half>(sums[part], fragments[k], columns + along);
         }
     };
-    if (live >= Steps) {  // nearly always: straight through, since a branch before the commit would make it a group of its own
+    // Nearly always all are: straight through, since a branch before the commit would make it a group of its own.
+    if (live >= Steps) {
         products_begin();
 #pragma unroll
         for (int k = 0; k < Steps; ++k) step(k);

@@ -20,8 +20,8 @@ constexpr int kUnit = 16;
 // Tiles are cut into panels of 64 columns, 128 bytes a row: one swizzle span of ldmatrix and of wgmma alike.
 constexpr int kPanel = 64;
 constexpr int kRowBytes = 2 * kPanel;
-constexpr int kPieceBytes = 16;                      // one asynchronous copy, one ldmatrix row
-constexpr int kPieces = kRowBytes / kPieceBytes;     // pieces of a panel row
+constexpr int kPieceBytes = 16;                   // one asynchronous copy, one ldmatrix row
+constexpr int kPieces = kRowBytes / kPieceBytes;  // pieces of a panel row
 constexpr int kPieceColumns = kPieceBytes / 2;
 
 // One chunk of the hidden width is one panel of fc2's K.
@@ -100,7 +100,8 @@ struct Range {
     int begin, end;
 };
 PRUNEVIT_BOTH constexpr Range split_range(int chunks, int splits, int index) {
-    return {static_cast<int>(int64_t{chunks} * index / splits), static_cast<int>(int64_t{chunks} * (index + 1) / splits)};
+    return {static_cast<int>(int64_t{chunks} * index / splits),
+            static_cast<int>(int64_t{chunks} * (index + 1) / splits)};
 }
 
 // The one-launch kernels hold rows of x whole: a thread that normalises one has a piece of each of its panels.
@@ -164,7 +165,7 @@ PRUNEVIT_BOTH constexpr WgmmaShared wgmma_shared(int columns, const Shape& s, in
 
 // The two GEMMs on wgmma. Both multiply blocks of 64 rows, two of them a warpgroup, by panels of weights.
 constexpr int kExpandMostChunks = 2;  // hidden columns of a tile, in chunks
-constexpr int kExpandMaxEmbed = 768;                     // 128 rows of it leave two tiles of weights beside them
+constexpr int kExpandMaxEmbed = 768;  // 128 rows of it leave two tiles of weights beside them
 constexpr int kExpandMostSlots = 8;
 constexpr int kExpandSlotBytes = kExpandMostChunks * kChunk * kRowBytes;
 constexpr int kContractRows = 256, kContractSlots = 4;

@@ -16,22 +16,22 @@ inline const char* name_of(Kernel kernel) {
 }
 
 struct Device {
-    int sm;               // 80, 86, 89, 90, …
+    int sm;  // 80, 86, 89, 90, …
     int multiprocessors;
-    int shared_limit;     // bytes of shared memory that one block may have
-    bool hopper = true;   // whether this build has the kernels for sm_90a
+    int shared_limit;    // bytes of shared memory that one block may have
+    bool hopper = true;  // whether this build has the kernels for sm_90a
 };
 
 struct Plan {
     Kernel kernel;
-    int mt, nu;           // template arguments: 32 · mt rows a block, nu units of 16 output columns a warp
-    int expand_mt;        // the same for the first of two GEMMs, which also holds a panel of x in registers
-    int blocks;           // of wgmma: each takes every blocks-th tile of rows
-    int splits;           // CTAs along the hidden width
-    int slots;            // weight tiles in a ring of wgmma's, whose nu is the columns as instantiated
-    int expand_columns;   // blocks along F of the first of two GEMMs
-    int tile_chunks;      // chunks of the hidden width in a tile of theirs, where that varies
-    int shared;           // bytes a block, of the launch that takes most
+    int mt, nu;          // template arguments: 32 · mt rows a block, nu units of 16 output columns a warp
+    int expand_mt;       // the same for the first of two GEMMs, which also holds a panel of x in registers
+    int blocks;          // of wgmma: each takes every blocks-th tile of rows
+    int splits;          // CTAs along the hidden width
+    int slots;           // weight tiles in a ring of wgmma's, whose nu is the columns as instantiated
+    int expand_columns;  // blocks along F of the first of two GEMMs
+    int tile_chunks;     // chunks of the hidden width in a tile of theirs, where that varies
+    int shared;          // bytes a block, of the launch that takes most
     int64_t partial_bytes, hidden_bytes;
 };
 
@@ -40,9 +40,9 @@ struct Plan {
 // bench/mlp_rules.py prints the rows that measurements imply; they go on top.
 struct Rule {
     int sm_from, sm_to;
-    float max_waves;      // tiles of 64 rows, over multiprocessors
+    float max_waves;  // tiles of 64 rows, over multiprocessors
     int max_embed;
-    float max_ratio;      // F / E
+    float max_ratio;  // F / E
     Kernel kernel;
 };
 constexpr float kAny = 1e30f;
@@ -50,9 +50,9 @@ constexpr Rule kRules[] = {
     {80, 999, 0.75f, 192, 8.0f, Kernel::split},  // row tiles alone would leave SMs idle
     {80, 999, kAny, 192, 8.0f, Kernel::fused},   // tiles of 80 KB: two blocks an SM, x read and written once
     {80, 999, 0.75f, 384, 4.0f, Kernel::split},
-    {80, 999, kAny, 384, 4.0f, Kernel::fused},   // one block an SM, still no hidden traffic
+    {80, 999, kAny, 384, 4.0f, Kernel::fused},  // one block an SM, still no hidden traffic
     {80, 999, 0.75f, 512, 2.5f, Kernel::split},
-    {80, 999, kAny, 512, 2.5f, Kernel::fused},   // the widest that fc2's sums fit
+    {80, 999, kAny, 512, 2.5f, Kernel::fused},  // the widest that fc2's sums fit
     {80, 999, kAny, 1 << 30, kAny, Kernel::two_gemms},
 };
 
@@ -92,8 +92,8 @@ inline Plan plan_fused(const Shape& s, const Device& d) {
     }
     if (plan.mt == 0) {
         throw std::invalid_argument("fused_mlp kernel 'fused': " + describe(s) + " needs E <= 512, N <= 512 and " +
-                                    std::to_string(fused_shared(32, s).bytes) + " bytes of shared memory, the GPU has " +
-                                    std::to_string(d.shared_limit));
+                                    std::to_string(fused_shared(32, s).bytes) +
+                                    " bytes of shared memory, the GPU has " + std::to_string(d.shared_limit));
     }
     plan.shared = fused_shared(32 * plan.mt, s).bytes;
     return plan;

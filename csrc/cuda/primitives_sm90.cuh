@@ -27,20 +27,18 @@ PRUNEVIT_DEVICE void barrier_arrive_expecting(uint32_t barrier, int bytes) {
 PRUNEVIT_DEVICE void barrier_wait(uint32_t barrier, int parity) {
     uint32_t done = 0;
     while (done == 0) {
-        asm volatile(
-            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
     }
 }
 
 // One thread copies up to 1 MB, a multiple of 16 bytes; the barrier counts them as they land.
 PRUNEVIT_DEVICE void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-        "r"(bytes), "r"(barrier)
-        : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
 }
 
 // The line of 128 bytes comes into the L2 cache.

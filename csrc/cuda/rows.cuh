@@ -80,7 +80,8 @@ PRUNEVIT_DEVICE void fetch_rows(const Arguments& a, const RowTile& t) {
     const int embed = a.shape.embed, panels = a.shape.in_panels();
     for (int row = t.thread / 8; row < t.rows && a.reads == nullptr; row += t.threads / 8) {
         for (int panel = 0; panel < panels; ++panel) {
-            const int c = panel * kPanel + t.lane8() * kPieceColumns, left = t.row0 + row < a.shape.rows ? embed - c : 0;
+            const int c = panel * kPanel + t.lane8() * kPieceColumns,
+                      left = t.row0 + row < a.shape.rows ? embed - c : 0;
             if (a.wide) {
                 const int bytes = left <= 0 ? 0 : left < kPieceColumns ? left * 2 : kPieceBytes;
                 const uint16_t* const from = a.x + (bytes > 0 ? (t.row0 + row) * a.pitch + c : 0);

@@ -1,4 +1,5 @@
 #include "two_gemms.cuh"
+
 #include "launch.h"
 
 namespace prunevit::mlp {

@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kThreads, 2) expand(const __grid_constant__ Ar
     const auto load_x = [&](int i) {
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            waiting[m] = load_piece(a, row0 + m * 32 + thread / 8, i % panels * kPanel + thread % 8 * 8, a.reads,
-                                    a.shape.in);
+            waiting[m] =
+                load_piece(a, row0 + m * 32 + thread / 8, i % panels * kPanel + thread % 8 * 8, a.reads, a.shape.in);
         }
     };
     const auto store_x = [&](int i) {
@@ -169,7 +169,8 @@ __global__ void __launch_bounds__(kThreads, 2) contract(const __grid_constant__ 
         float* to = stage + row * stage_pitch(kGemmColumns) + column;
         if (a.splits > 1) {
             if (row0 + row >= a.shape.rows || column >= columns) continue;
-            to = a.partial + (int64_t{blockIdx.y} * a.shape.rows + row0 + row) * a.shape.out_padded() + column0 + column;
+            to =
+                a.partial + (int64_t{blockIdx.y} * a.shape.rows + row0 + row) * a.shape.out_padded() + column0 + column;
         }
         to[0] = sums[m][n][pair];
         to[1] = sums[m][n][pair + 1];

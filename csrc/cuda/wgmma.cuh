@@ -20,13 +20,10 @@ namespace prunevit::mlp {
 
 // The same registers as the instruction names them: the first so many.
 #define PRUNEVIT_D16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define PRUNEVIT_D32 \
-    PRUNEVIT_D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define PRUNEVIT_D64 \
-    PRUNEVIT_D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define PRUNEVIT_D80 \
-    PRUNEVIT_D64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define PRUNEVIT_D32 PRUNEVIT_D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PRUNEVIT_D48 PRUNEVIT_D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define PRUNEVIT_D64 PRUNEVIT_D48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PRUNEVIT_D80 PRUNEVIT_D64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define PRUNEVIT_D88 PRUNEVIT_D80 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define PRUNEVIT_D96 PRUNEVIT_D88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 
@@ -55,8 +52,7 @@ PRUNEVIT_DEVICE void multiply_shared(float (&d)[N / 2], uint64_t a, uint64_t b) 
     } else if constexpr (N == 160) {
         PRUNEVIT_SHARED("160", PRUNEVIT_D80, "%80", "%81", PRUNEVIT_64(d, 0), PRUNEVIT_16(d, 64))
     } else if constexpr (N == 176) {
-        PRUNEVIT_SHARED("176", PRUNEVIT_D88, "%88", "%89", PRUNEVIT_64(d, 0), PRUNEVIT_16(d, 64),
-                        PRUNEVIT_EIGHT(d, 80))
+        PRUNEVIT_SHARED("176", PRUNEVIT_D88, "%88", "%89", PRUNEVIT_64(d, 0), PRUNEVIT_16(d, 64), PRUNEVIT_EIGHT(d, 80))
     } else {
         PRUNEVIT_SHARED("192", PRUNEVIT_D96, "%96", "%97", PRUNEVIT_64(d, 0), PRUNEVIT_32(d, 64))
     }

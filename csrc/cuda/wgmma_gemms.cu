@@ -1,4 +1,5 @@
 #include "wgmma_gemms.cuh"
+
 #include "launch.h"
 
 namespace prunevit::mlp {

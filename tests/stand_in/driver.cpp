@@ -65,8 +65,8 @@ CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments, void**) {
     const unsigned grid[] = {config->gridDimX, config->gridDimY, config->gridDimZ};
     const unsigned block[] = {config->blockDimX, config->blockDimY, config->blockDimZ};
-    return as_driver(launch_kernel(function->name.c_str(), function, grid, block, arguments,
-                                   config->sharedMemBytes, config->hStream));
+    return as_driver(launch_kernel(function->name.c_str(), function, grid, block, arguments, config->sharedMemBytes,
+                                   config->hStream));
 }
 CUresult cuPointerGetAttribute(void* out, CUpointer_attribute which, CUdeviceptr address) {
     size_t base, bytes;

@@ -27,9 +27,9 @@ bool on_device(const void* address) {
 bool is_pinned(const void* address) {
     std::lock_guard<std::mutex> guard(door);
     auto found = pinned.upper_bound(address);
-    return found != pinned.begin() && (--found, static_cast<const char*>(address) - static_cast<const char*>(
-                                                                                        found->first) <
-                                                    static_cast<ptrdiff_t>(found->second));
+    return found != pinned.begin() &&
+           (--found, static_cast<const char*>(address) - static_cast<const char*>(found->first) <
+                         static_cast<ptrdiff_t>(found->second));
 }
 
 cudaError_t host_alloc(void** out, size_t bytes) {
@@ -132,8 +132,8 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
         return gpu.enqueue(stream, [=] { return copied(to, from, bytes); });
     }
     if (later(to)) {  // what is on pageable memory now
-        auto held = std::make_shared<std::vector<char>>(static_cast<const char*>(from),
-                                                        static_cast<const char*>(from) + bytes);
+        auto held =
+            std::make_shared<std::vector<char>>(static_cast<const char*>(from), static_cast<const char*>(from) + bytes);
         return gpu.enqueue(stream, [=] { return copied(to, held->data(), bytes); });
     }
     if (const cudaError_t refused = cudaStreamSynchronize(stream)) {

@@ -1,12 +1,11 @@
 // A stand-in for CUDA's runtime library, loaded before it: what PyTorch and the extension call of it.
-#include "stand_in.h"
-
 #include <dlfcn.h>
 
 #include <cstdio>
 #include <cstring>
 
 #include "../kernels/ptx/registered.h"
+#include "stand_in.h"
 #include "streams.h"
 
 Device device;
@@ -32,7 +31,8 @@ bool attribute(int which, int* value) {
         case cudaDevAttrComputeCapabilityMinor: return *value = device.sm % 10, true;
         case cudaDevAttrGlobalMemoryBusWidth: return *value = 5120, true;
         case cudaDevAttrL2CacheSize: return *value = 50 << 20, true;
-        case cudaDevAttrClockRate: case cudaDevAttrMemoryClockRate: return *value = 1, true;
+        case cudaDevAttrClockRate:
+        case cudaDevAttrMemoryClockRate: return *value = 1, true;
         default: return false;
     }
 }

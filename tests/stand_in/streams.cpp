@@ -66,7 +66,8 @@ Done Gpu::add(CUstream_st& stream, std::vector<Done> after, std::function<cudaEr
     }
     auto node = std::make_shared<Work>();
     after.push_back(stream.captured);
-    std::copy_if(after.begin(), after.end(), std::back_inserter(node->after), [](const Done& d) { return d != nullptr; });
+    std::copy_if(after.begin(), after.end(), std::back_inserter(node->after),
+                 [](const Done& d) { return d != nullptr; });
     node->run = std::move(run);
     stream.capture->graph->nodes.push_back(node);
     return stream.captured = node;
@@ -265,8 +266,8 @@ cudaError_t Gpu::launch(cudaGraphExec_t graph, cudaStream_t given) {
         for (const Done& node : graph->nodes) {
             std::vector<Done> after{before};
             for (const Done& other : node->after) {
-                after.push_back(std::find_if(made.begin(), made.end(), [&](auto& m) { return m.first == other.get(); })
-                                    ->second);
+                after.push_back(
+                    std::find_if(made.begin(), made.end(), [&](auto& m) { return m.first == other.get(); })->second);
             }
             if (capturing) {
                 auto copy = std::make_shared<Work>();

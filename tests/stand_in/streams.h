@@ -64,7 +64,7 @@ struct Gpu {
     std::mt19937 drawn;
     CUstream_st default_stream;
     std::vector<CUstream_st*> streams{&default_stream};  // which live for as long as the process
-    std::vector<Done> waiting;  // of a drawn order
+    std::vector<Done> waiting;                           // of a drawn order
     std::vector<std::unique_ptr<Capture>> captures;
     unsigned long long captures_so_far = 0;
     std::atomic<int> pending{0};
@@ -89,7 +89,7 @@ struct Gpu {
     // The same for what waits for this stream.
     cudaError_t waits(cudaStream_t stream);
 
-  private:
+private:
     Done make(std::vector<Done> after, std::function<cudaError_t()> run);
     Done add(CUstream_st& stream, std::vector<Done> after, std::function<cudaError_t()> run);
     std::mutex running;

@@ -9,66 +9,66 @@ namespace {
 
 template <int M, int V>
 void scores_tile(const float* k, int qk, const float* q, float* s, float* most) {
-  Tile<M, V> acc = {};
-  accumulate<M, V, true>(acc, k, qk, q, qk, {k, 0});
+    Tile<M, V> acc = {};
+    accumulate<M, V, true>(acc, k, qk, q, qk, {k, 0});
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) {
-    vf top = load(most + v * lanes);
+    for (int v = 0; v < V; ++v) {
+        vf top = load(most + v * lanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      top = vmax(top, acc.at[i][v]);
-      store(s + (i * V + v) * lanes, acc.at[i][v]);
+        for (int i = 0; i < M; ++i) {
+            top = vmax(top, acc.at[i][v]);
+            store(s + (i * V + v) * lanes, acc.at[i][v]);
+        }
+        store(most + v * lanes, top);
     }
-    store(most + v * lanes, top);
-  }
 }
 
 // The exponentials are taken while the scores are in registers.
 template <int M, int V>
 void weights_tile(const float* k, int qk, const float* q, float* p, float* total) {
-  Tile<M, V> acc = {};
-  accumulate<M, V, true>(acc, k, qk, q, qk, {k, 0});
+    Tile<M, V> acc = {};
+    accumulate<M, V, true>(acc, k, qk, q, qk, {k, 0});
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) {
-    vf sum = load(total + v * lanes);
+    for (int v = 0; v < V; ++v) {
+        vf sum = load(total + v * lanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      const vf weight = exp2(acc.at[i][v]);
-      store(p + (i * V + v) * lanes, weight);
-      sum += weight;
+        for (int i = 0; i < M; ++i) {
+            const vf weight = exp2(acc.at[i][v]);
+            store(p + (i * V + v) * lanes, weight);
+            sum += weight;
+        }
+        store(total + v * lanes, sum);
     }
-    store(total + v * lanes, sum);
-  }
 }
 
 template <int M, int V>
 void values_tile(const float* v, int v_dim, int keys, const float* p, float* o, bool add, Ahead ahead) {
-  Tile<M, V> acc;
+    Tile<M, V> acc;
 #pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
+    for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-    for (int w = 0; w < V; ++w) acc.at[i][w] = add ? load(o + (i * V + w) * lanes) : vf{};
-  accumulate<M, V, false>(acc, v, v_dim, p, keys, ahead);
+        for (int w = 0; w < V; ++w) acc.at[i][w] = add ? load(o + (i * V + w) * lanes) : vf{};
+    accumulate<M, V, false>(acc, v, v_dim, p, keys, ahead);
 #pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
+    for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-    for (int w = 0; w < V; ++w) store(o + (i * V + w) * lanes, acc.at[i][w]);
+        for (int w = 0; w < V; ++w) store(o + (i * V + w) * lanes, acc.at[i][w]);
 }
 
 using KeysFunction = void (*)(const float*, int, const float*, float*, float*);
 using ValuesFunction = void (*)(const float*, int, int, const float*, float*, bool, Ahead);
 
 // The instance of `function` for m rows of V vectors.
-#define INSTANCES(name, type, function)                                                                        \
-  template <int V>                                                                                             \
-  type name(int m) {                                                                                           \
-    static constexpr type all[] = {                                                                            \
-        function<1, V>,        function<AT_MOST(2), V>,  function<AT_MOST(3), V>,  function<AT_MOST(4), V>,    \
-        function<AT_MOST(5), V>, function<AT_MOST(6), V>,  function<AT_MOST(7), V>,  function<AT_MOST(8), V>,  \
-        function<AT_MOST(9), V>, function<AT_MOST(10), V>, function<AT_MOST(11), V>, function<AT_MOST(12), V>, \
-        function<AT_MOST(13), V>, function<AT_MOST(14), V>};                                                   \
-    return all[m - 1];                                                                                         \
-  }
+#define INSTANCES(name, type, function) \
+    template <int V> \
+    type name(int m) { \
+        static constexpr type all[] = {function<1, V>,           function<AT_MOST(2), V>,  function<AT_MOST(3), V>, \
+                                       function<AT_MOST(4), V>,  function<AT_MOST(5), V>,  function<AT_MOST(6), V>, \
+                                       function<AT_MOST(7), V>,  function<AT_MOST(8), V>,  function<AT_MOST(9), V>, \
+                                       function<AT_MOST(10), V>, function<AT_MOST(11), V>, function<AT_MOST(12), V>, \
+                                       function<AT_MOST(13), V>, function<AT_MOST(14), V>}; \
+        return all[m - 1]; \
+    }
 #define AT_MOST(M) (M <= rows_of[V] ? M : 1)
 INSTANCES(scores_of, KeysFunction, scores_tile)
 INSTANCES(weights_of, KeysFunction, weights_tile)
@@ -77,89 +77,88 @@ INSTANCES(values_of, ValuesFunction, values_tile)
 template <class Of1, class Of2, class Of3>
 INLINE void by_keys(Of1 of1, Of2 of2, Of3 of3, const float* k, int qk, int keys, const float* q, int vectors, float* s,
                     float* top) {
-  const int tiles = tile_count(keys, rows_of[vectors]);
-  for (int i = 0; i < tiles; ++i) {
-    const int first = tile_start(keys, tiles, i), m = tile_start(keys, tiles, i + 1) - first;
-    const KeysFunction function = vectors == 1 ? of1(m) : vectors == 2 ? of2(m) : of3(m);
-    function(k + (int64_t)first * qk, qk, q, s + first * vectors * lanes, top);
-  }
+    const int tiles = tile_count(keys, rows_of[vectors]);
+    for (int i = 0; i < tiles; ++i) {
+        const int first = tile_start(keys, tiles, i), m = tile_start(keys, tiles, i + 1) - first;
+        const KeysFunction function = vectors == 1 ? of1(m) : vectors == 2 ? of2(m) : of3(m);
+        function(k + (int64_t)first * qk, qk, q, s + first * vectors * lanes, top);
+    }
 }
 
 }  // namespace
 
 void copy_columns(const float* from, int64_t pitch, int n, int width, float* to) {
-  const int whole = width / lanes * lanes, rest = width - whole;
-  for (int r = 0; r < n; ++r, from += pitch, to += width) {
-    for (int c = 0; c < whole; c += lanes) store(to + c, load(from + c));
-    // a whole vector: what is too much is overwritten by the next row
-    if (rest) store(to + whole, load_first(from + whole, rest));
-  }
+    const int whole = width / lanes * lanes, rest = width - whole;
+    for (int r = 0; r < n; ++r, from += pitch, to += width) {
+        for (int c = 0; c < whole; c += lanes) store(to + c, load(from + c));
+        // a whole vector: what is too much is overwritten by the next row
+        if (rest) store(to + whole, load_first(from + whole, rest));
+    }
 }
 
 void transpose_in(const float* from, int64_t pitch, int count, int width, int vectors, float* to) {
-  const int queries = vectors * lanes;
-  for (int v = 0; v < vectors; ++v)
-    for (int c = 0; c < width; c += lanes) {
-      const int cols = width - c < lanes ? width - c : (int)lanes;
-      vf rows[lanes];
+    const int queries = vectors * lanes;
+    for (int v = 0; v < vectors; ++v)
+        for (int c = 0; c < width; c += lanes) {
+            const int cols = width - c < lanes ? width - c : (int)lanes;
+            vf rows[lanes];
 #pragma GCC unroll 16
-      for (int r = 0; r < lanes; ++r)
-        rows[r] = v * lanes + r < count ? load_first(from + (v * lanes + r) * pitch + c, cols) : vf{};
-      transpose(rows);
+            for (int r = 0; r < lanes; ++r)
+                rows[r] = v * lanes + r < count ? load_first(from + (v * lanes + r) * pitch + c, cols) : vf{};
+            transpose(rows);
 #pragma GCC unroll 16
-      for (int d = 0; d < lanes; ++d)
-        if (d < cols) store(to + (c + d) * queries + v * lanes, rows[d]);
-    }
+            for (int d = 0; d < lanes; ++d)
+                if (d < cols) store(to + (c + d) * queries + v * lanes, rows[d]);
+        }
 }
 
-void transpose_out(const float* from, int vectors, int count, int width, const float* scale, float* to,
-                   int64_t pitch) {
-  const int queries = vectors * lanes;
-  for (int v = 0; v < vectors; ++v) {
-    const vf by = load(scale + v * lanes);
-    for (int c = 0; c < width; c += lanes) {
-      const int cols = width - c < lanes ? width - c : (int)lanes;
-      vf rows[lanes];
+void transpose_out(const float* from, int vectors, int count, int width, const float* scale, float* to, int64_t pitch) {
+    const int queries = vectors * lanes;
+    for (int v = 0; v < vectors; ++v) {
+        const vf by = load(scale + v * lanes);
+        for (int c = 0; c < width; c += lanes) {
+            const int cols = width - c < lanes ? width - c : (int)lanes;
+            vf rows[lanes];
 #pragma GCC unroll 16
-      for (int d = 0; d < lanes; ++d) rows[d] = d < cols ? load(from + (c + d) * queries + v * lanes) * by : vf{};
-      transpose(rows);
+            for (int d = 0; d < lanes; ++d) rows[d] = d < cols ? load(from + (c + d) * queries + v * lanes) * by : vf{};
+            transpose(rows);
 #pragma GCC unroll 16
-      for (int r = 0; r < lanes; ++r)
-        if (v * lanes + r < count) store_first(to + (v * lanes + r) * pitch + c, rows[r], cols);
+            for (int r = 0; r < lanes; ++r)
+                if (v * lanes + r < count) store_first(to + (v * lanes + r) * pitch + c, rows[r], cols);
+        }
     }
-  }
 }
 
 void weights(const float* k, int qk, int keys, const float* q, int vectors, float* p, float* total) {
-  by_keys(weights_of<1>, weights_of<2>, weights_of<3>, k, qk, keys, q, vectors, p, total);
+    by_keys(weights_of<1>, weights_of<2>, weights_of<3>, k, qk, keys, q, vectors, p, total);
 }
 
 void scores(const float* k, int qk, int keys, const float* q, int vectors, float* s, float* most) {
-  by_keys(scores_of<1>, scores_of<2>, scores_of<3>, k, qk, keys, q, vectors, s, most);
+    by_keys(scores_of<1>, scores_of<2>, scores_of<3>, k, qk, keys, q, vectors, s, most);
 }
 
 void exponentials(float* s, int keys, int vectors, const float* most, float* total) {
-  for (int v = 0; v < vectors; ++v) {
-    const vf top = load(most + v * lanes);
-    vf sum = load(total + v * lanes);
-    for (int k = 0; k < keys; ++k) {
-      const vf p = exp2(load(s + (k * vectors + v) * lanes) - top);
-      store(s + (k * vectors + v) * lanes, p);
-      sum += p;
+    for (int v = 0; v < vectors; ++v) {
+        const vf top = load(most + v * lanes);
+        vf sum = load(total + v * lanes);
+        for (int k = 0; k < keys; ++k) {
+            const vf p = exp2(load(s + (k * vectors + v) * lanes) - top);
+            store(s + (k * vectors + v) * lanes, p);
+            sum += p;
+        }
+        store(total + v * lanes, sum);
     }
-    store(total + v * lanes, sum);
-  }
 }
 
 void values(const float* v, int v_dim, int keys, const float* p, int vectors, float* o, bool add, Fetch& fetch) {
-  const int tiles = tile_count(v_dim, rows_of[vectors]);
-  for (int i = 0; i < tiles; ++i) {
-    const int first = tile_start(v_dim, tiles, i), m = tile_start(v_dim, tiles, i + 1) - first;
-    const ValuesFunction function = vectors == 1   ? values_of<1>(m)
-                                    : vectors == 2 ? values_of<2>(m)
-                                                   : values_of<3>(m);
-    function(v + first, v_dim, keys, p, o + first * vectors * lanes, add, next_line(fetch, v));
-  }
+    const int tiles = tile_count(v_dim, rows_of[vectors]);
+    for (int i = 0; i < tiles; ++i) {
+        const int first = tile_start(v_dim, tiles, i), m = tile_start(v_dim, tiles, i + 1) - first;
+        const ValuesFunction function = vectors == 1   ? values_of<1>(m)
+                                        : vectors == 2 ? values_of<2>(m)
+                                                       : values_of<3>(m);
+        function(v + first, v_dim, keys, p, o + first * vectors * lanes, add, next_line(fetch, v));
+    }
 }
 
 }  // namespace PRUNEVIT_ISA

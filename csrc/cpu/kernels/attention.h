@@ -30,24 +30,24 @@ void exponentials(float* s, int keys, int vectors, const float* most, float* tot
 
 // The columns of the rows that the next head reads: they lie pages apart, where no machine fetches ahead by itself.
 struct Fetch {
-  const float* starts[3];  // of the first row
-  int widths[3];
-  int64_t pitch;
-  int part, column;  // how far it has come
+    const float* starts[3];  // of the first row
+    int widths[3];
+    int64_t pitch;
+    int part, column;  // how far it has come
 };
 
 // One line of every row, each time the next one; `idle` when all have been fetched.
 INLINE Ahead next_line(Fetch& fetch, const float* idle) {
-  while (fetch.part < 3) {
-    if (fetch.column < fetch.widths[fetch.part] + 15) {
-      const Ahead ahead = {fetch.starts[fetch.part] + fetch.column, fetch.pitch};
-      fetch.column += 16;
-      return ahead;
+    while (fetch.part < 3) {
+        if (fetch.column < fetch.widths[fetch.part] + 15) {
+            const Ahead ahead = {fetch.starts[fetch.part] + fetch.column, fetch.pitch};
+            fetch.column += 16;
+            return ahead;
+        }
+        ++fetch.part;
+        fetch.column = 0;
     }
-    ++fetch.part;
-    fetch.column = 0;
-  }
-  return {idle, 0};
+    return {idle, 0};
 }
 
 // o[v_dim][vectors * lanes] (+)= vᵀ p

@@ -7,73 +7,71 @@ namespace PRUNEVIT_ISA {
 namespace {
 
 struct PoolHeadStep final : Step {
-  explicit PoolHeadStep(const PoolHead& op) : op(op) {}
+    explicit PoolHeadStep(const PoolHead& op) : op(op) {}
 
-  int width() const { return (int)op.x.cols; }
-  int64_t pooled_rows() const { return op.out.rows; }
-  int64_t pooled_width() const { return op.pooling == Pooling::tokens ? 2 * op.x.cols : op.x.cols; }
-  int64_t pitch() const { return round_up(pooled_width(), lanes) + lanes; }
+    int width() const { return (int)op.x.cols; }
+    int64_t pooled_rows() const { return op.out.rows; }
+    int64_t pooled_width() const { return op.pooling == Pooling::tokens ? 2 * op.x.cols : op.x.cols; }
+    int64_t pitch() const { return round_up(pooled_width(), lanes) + lanes; }
 
-  Need need(int) const override {
-    const int64_t part = pooled_rows() * widest, rows = 3 * round_up(op.x.cols, lanes);
-    return {part > rows ? part : rows, pooled_rows() * pitch()};
-  }
-
-  void run(Pool& pool) const override {
-    float* pooled = op.linear == nullptr ? op.out.data : pool.shared();
-    const int64_t row_pitch = op.linear == nullptr ? op.out.pitch : pitch();
-    each(pool, (int)pooled_rows(), [&](int row, float* scratch) { pool_row(row, pooled + row * row_pitch, scratch); });
-    if (op.linear == nullptr) return;
-    each(pool, op.linear->panels, [&](int p, float* scratch) {
-      linear_panel(*op.linear, p, pooled, row_pitch, (int)pooled_rows(), Into::linear,
-                   op.out.data + panel_column(*op.linear, p), op.out.pitch, scratch);
-    });
-  }
-
-  void token(int64_t image, int64_t n, float* to) const {
-    const float* from = op.x.data + image * op.x.image + n * op.x.pitch;
-    if (op.norm != nullptr) normalise_affine(from, width(), op.eps, op.norm, to);
-    else memcpy(to, from, width() * sizeof(float));
-  }
-
-  void pool_row(int64_t row, float* to, float* scratch) const {
-    switch (op.pooling) {
-      case Pooling::token:
-        token(row, 0, to);
-        break;
-      case Pooling::tokens:
-        token(row, 0, to);
-        token(row, 1, to + width());
-        break;
-      case Pooling::none:
-        token(row / op.x.rows, row % op.x.rows, to);
-        break;
-      case Pooling::avg:
-      case Pooling::max:
-      case Pooling::avgmax:
-        pool_patches(row, to, scratch);
+    Need need(int) const override {
+        const int64_t part = pooled_rows() * widest, rows = 3 * round_up(op.x.cols, lanes);
+        return {part > rows ? part : rows, pooled_rows() * pitch()};
     }
-    if (op.fc_norm != nullptr) normalise_affine(to, width(), op.eps, op.fc_norm, to);
-  }
 
-  void pool_patches(int64_t image, float* to, float* scratch) const {
-    const int e = width();
-    float *one = scratch, *sum = one + round_up(e, lanes), *most = sum + round_up(e, lanes);
-    for (int64_t n = op.prefix; n < op.x.rows; ++n) {
-      token(image, n, one);
-      for (int i = 0; i < e; ++i) {
-        sum[i] = n == op.prefix ? one[i] : sum[i] + one[i];
-        most[i] = n == op.prefix || one[i] > most[i] || one[i] != one[i] ? one[i] : most[i];
-      }
+    void run(Pool& pool) const override {
+        float* pooled = op.linear == nullptr ? op.out.data : pool.shared();
+        const int64_t row_pitch = op.linear == nullptr ? op.out.pitch : pitch();
+        each(pool, (int)pooled_rows(),
+             [&](int row, float* scratch) { pool_row(row, pooled + row * row_pitch, scratch); });
+        if (op.linear == nullptr) return;
+        each(pool, op.linear->panels, [&](int p, float* scratch) {
+            linear_panel(*op.linear, p, pooled, row_pitch, (int)pooled_rows(), Into::linear,
+                         op.out.data + panel_column(*op.linear, p), op.out.pitch, scratch);
+        });
     }
-    const float share = 1.0f / (float)(op.x.rows - op.prefix);
-    for (int i = 0; i < e; ++i) {
-      const float mean = sum[i] * share;
-      to[i] = op.pooling == Pooling::avg ? mean : op.pooling == Pooling::max ? most[i] : 0.5f * (most[i] + mean);
-    }
-  }
 
-  const PoolHead op;
+    void token(int64_t image, int64_t n, float* to) const {
+        const float* from = op.x.data + image * op.x.image + n * op.x.pitch;
+        if (op.norm != nullptr)
+            normalise_affine(from, width(), op.eps, op.norm, to);
+        else
+            memcpy(to, from, width() * sizeof(float));
+    }
+
+    void pool_row(int64_t row, float* to, float* scratch) const {
+        switch (op.pooling) {
+            case Pooling::token: token(row, 0, to); break;
+            case Pooling::tokens:
+                token(row, 0, to);
+                token(row, 1, to + width());
+                break;
+            case Pooling::none: token(row / op.x.rows, row % op.x.rows, to); break;
+            case Pooling::avg:
+            case Pooling::max:
+            case Pooling::avgmax: pool_patches(row, to, scratch);
+        }
+        if (op.fc_norm != nullptr) normalise_affine(to, width(), op.eps, op.fc_norm, to);
+    }
+
+    void pool_patches(int64_t image, float* to, float* scratch) const {
+        const int e = width();
+        float *one = scratch, *sum = one + round_up(e, lanes), *most = sum + round_up(e, lanes);
+        for (int64_t n = op.prefix; n < op.x.rows; ++n) {
+            token(image, n, one);
+            for (int i = 0; i < e; ++i) {
+                sum[i] = n == op.prefix ? one[i] : sum[i] + one[i];
+                most[i] = n == op.prefix || one[i] > most[i] || one[i] != one[i] ? one[i] : most[i];
+            }
+        }
+        const float share = 1.0f / (float)(op.x.rows - op.prefix);
+        for (int i = 0; i < e; ++i) {
+            const float mean = sum[i] * share;
+            to[i] = op.pooling == Pooling::avg ? mean : op.pooling == Pooling::max ? most[i] : 0.5f * (most[i] + mean);
+        }
+    }
+
+    const PoolHead op;
 };
 
 }  // namespace

@@ -49,9 +49,9 @@ typedef int32_t vi __attribute__((vector_size(lanes * 4)));
 INLINE vf splat(float x) { return x - vf{}; }
 
 INLINE vf load(const float* p) {
-  vf v;
-  memcpy(&v, p, sizeof v);
-  return v;
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
 }
 
 INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
@@ -61,22 +61,22 @@ INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 #if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)
 INLINE vf load_first(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps((__mmask16)(0xFFFFu >> (16 - n)), p); }
 INLINE void store_first(float* p, vf v, int n) {
-  _mm512_mask_storeu_ps(p, (__mmask16)(0xFFFFu >> (16 - n)), (__m512)v);
+    _mm512_mask_storeu_ps(p, (__mmask16)(0xFFFFu >> (16 - n)), (__m512)v);
 }
 #elif defined(__AVX2__) && !defined(__SANITIZE_ADDRESS__)
 INLINE __m256i first(int n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 INLINE vf load_first(const float* p, int n) { return (vf)_mm256_maskload_ps(p, first(n)); }
 INLINE void store_first(float* p, vf v, int n) { _mm256_maskstore_ps(p, first(n), (__m256)v); }
 #else
 INLINE vf load_first(const float* p, int n) {
-  vf v = {};
-  for (int i = 0; i < n; ++i) v[i] = p[i];
-  return v;
+    vf v = {};
+    for (int i = 0; i < n; ++i) v[i] = p[i];
+    return v;
 }
 INLINE void store_first(float* p, vf v, int n) {
-  for (int i = 0; i < n; ++i) p[i] = v[i];
+    for (int i = 0; i < n; ++i) p[i] = v[i];
 }
 #endif
 
@@ -85,9 +85,9 @@ INLINE void store_first(float* p, vf v, int n) {
 INLINE vf keep_first(vf x, int n) { return (vf)_mm512_maskz_mov_ps((__mmask16)(0xFFFFu >> (16 - n)), (__m512)x); }
 #else
 INLINE vf keep_first(vf x, int n) {
-  vi lane;
-  for (int l = 0; l < lanes; ++l) lane[l] = l;
-  return (vf)((vi)x & (lane < n));
+    vi lane;
+    for (int l = 0; l < lanes; ++l) lane[l] = l;
+    return (vf)((vi)x & (lane < n));
 }
 #endif
 
@@ -110,41 +110,41 @@ INLINE vf vabs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 // Lane l of the result is lane `l ^ by` of v.
 INLINE vf exchange(vf v, int by) {
-  vi from;
-  for (int l = 0; l < lanes; ++l) from[l] = l ^ by;
-  return __builtin_shuffle(v, from);
+    vi from;
+    for (int l = 0; l < lanes; ++l) from[l] = l ^ by;
+    return __builtin_shuffle(v, from);
 }
 
 // In every lane the sum over all lanes.
 INLINE vf sum_of(vf v) {
 #pragma GCC unroll 4
-  for (int by = lanes / 2; by > 0; by /= 2) v += exchange(v, by);
-  return v;
+    for (int by = lanes / 2; by > 0; by /= 2) v += exchange(v, by);
+    return v;
 }
 
 // Transpose lanes x lanes floats: one butterfly a bit of the index.
 INLINE void transpose(vf (&rows)[lanes]) {
 #pragma GCC unroll 4
-  for (int h = lanes / 2; h > 0; h /= 2) {
-    vi low, high;
-    for (int l = 0; l < lanes; ++l) {
-      low[l] = l & h ? lanes + l - h : l;
-      high[l] = l & h ? lanes + l : l + h;
-    }
+    for (int h = lanes / 2; h > 0; h /= 2) {
+        vi low, high;
+        for (int l = 0; l < lanes; ++l) {
+            low[l] = l & h ? lanes + l - h : l;
+            high[l] = l & h ? lanes + l : l + h;
+        }
 #pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-      if (i & h) continue;
-      const vf a = rows[i], b = rows[i + h];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + h] = __builtin_shuffle(a, b, high);
+        for (int i = 0; i < lanes; ++i) {
+            if (i & h) continue;
+            const vf a = rows[i], b = rows[i + h];
+            rows[i] = __builtin_shuffle(a, b, low);
+            rows[i + h] = __builtin_shuffle(a, b, high);
+        }
     }
-  }
 }
 
 INLINE float max_of(vf v) {
-  float most = v[0];
-  for (int i = 1; i < lanes; ++i) most = v[i] > most || v[i] != v[i] ? v[i] : most;
-  return most;
+    float most = v[0];
+    for (int i = 1; i < lanes; ++i) most = v[i] > most || v[i] != v[i] ? v[i] : most;
+    return most;
 }
 
 INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -152,10 +152,10 @@ INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 // Run body(item, scratch) for every item on the pool's threads.
 template <class F>
 INLINE void each(Pool& pool, int items, const F& body) {
-  const Body call = [](const void* context, int item, float* scratch) {
-    (*static_cast<const F*>(context))(item, scratch);
-  };
-  pool.run(items, call, &body);
+    const Body call = [](const void* context, int item, float* scratch) {
+        (*static_cast<const F*>(context))(item, scratch);
+    };
+    pool.run(items, call, &body);
 }
 
 }  // namespace PRUNEVIT_ISA

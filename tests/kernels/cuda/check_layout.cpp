@@ -35,7 +35,8 @@ void swizzle() {
             // the hardware's swizzle, on whole addresses
             for (int row = row0; row < row0 + 8; ++row) {
                 const int flat = row * kRowBytes + piece * kPieceBytes;
-                expect(piece_offset(row, piece) == (flat ^ (flat >> 7 & 7) << 4), "the 128-byte swizzle", std::to_string(flat));
+                expect(piece_offset(row, piece) == (flat ^ (flat >> 7 & 7) << 4), "the 128-byte swizzle",
+                       std::to_string(flat));
             }
         }
     }
@@ -79,9 +80,10 @@ void fragments() {
         for (int m = 0; m < 4; ++m) {
             const Place from_a = a_address(m * 8 + lane / 4), from_b = b_address(m * 8 + lane / 4);
             const Place to_a = a_place(lane, m), to_b = b_place(lane, m % 2);
-            expect(from_a.row == to_a.row && from_a.column * 8 + lane % 4 * 2 == to_a.column, "ldmatrix of A", std::to_string(lane));
-            expect(from_b.row == to_b.row + m / 2 * 8 && from_b.column * 8 + lane % 4 * 2 == to_b.column, "ldmatrix of B",
+            expect(from_a.row == to_a.row && from_a.column * 8 + lane % 4 * 2 == to_a.column, "ldmatrix of A",
                    std::to_string(lane));
+            expect(from_b.row == to_b.row + m / 2 * 8 && from_b.column * 8 + lane % 4 * 2 == to_b.column,
+                   "ldmatrix of B", std::to_string(lane));
         }
     }
 }
@@ -92,21 +94,25 @@ void handover() {
         for (int i = 0; i < 4; ++i) {
             const int value = 2 * i, half = value / 4;  // v[2i], v[2i + 1] of the 16 hidden columns
             const Place from = c_place(lane, value % 4), to = a_place(lane, i);
-            expect(from.row == to.row && half * 8 + from.column == to.column, "fc1's sums as fc2's A", std::to_string(lane));
+            expect(from.row == to.row && half * 8 + from.column == to.column, "fc1's sums as fc2's A",
+                   std::to_string(lane));
         }
     }
 }
 
 void weights() {
-    for (const auto& [in, hidden, out] : std::vector<std::tuple<int, int, int>>{{153, 383, 153}, {1, 1, 1}, {64, 64, 16}, {345, 307, 101}}) {
+    for (const auto& [in, hidden, out] :
+         std::vector<std::tuple<int, int, int>>{{153, 383, 153}, {1, 1, 1}, {64, 64, 16}, {345, 307, 101}}) {
         const Shape s{1, 512, in, hidden, out};
         std::set<int64_t> w1, w2;
         for (int f = 0; f < hidden; ++f) {
             for (int k = 0; k < in; ++k) w1.insert(w1_element(s, f, k));
             for (int n = 0; n < out; ++n) w2.insert(w2_element(s, n, f));
         }
-        expect(w1.size() == static_cast<size_t>(in) * hidden && *w1.rbegin() < s.chunks() * w1_chunk_bytes(s), "fc1's weights lie apart", describe(s));
-        expect(w2.size() == static_cast<size_t>(out) * hidden && *w2.rbegin() < s.chunks() * w2_chunk_bytes(s), "fc2's weights lie apart", describe(s));
+        expect(w1.size() == static_cast<size_t>(in) * hidden && *w1.rbegin() < s.chunks() * w1_chunk_bytes(s),
+               "fc1's weights lie apart", describe(s));
+        expect(w2.size() == static_cast<size_t>(out) * hidden && *w2.rbegin() < s.chunks() * w2_chunk_bytes(s),
+               "fc2's weights lie apart", describe(s));
     }
 }
 
@@ -134,7 +140,8 @@ void tiles() {
             int next = 0;
             for (int i = 0; i < splits; ++i) {
                 const Range range = split_range(chunks, splits, i);
-                expect(range.begin == next && range.end > range.begin, "splits follow one another, none empty", std::to_string(chunks));
+                expect(range.begin == next && range.end > range.begin, "splits follow one another, none empty",
+                       std::to_string(chunks));
                 next = range.end;
             }
             expect(next == chunks, "splits cover the hidden width", std::to_string(chunks));
@@ -144,10 +151,12 @@ void tiles() {
         const Shape s{1, 64, 64, hidden, 64};
         int units = 0;
         for (int c = 0; c < s.chunks(); ++c) {
-            expect(1 <= s.chunk_units(c) && s.chunk_units(c) <= 4, "a chunk has one to four units", std::to_string(hidden));
+            expect(1 <= s.chunk_units(c) && s.chunk_units(c) <= 4, "a chunk has one to four units",
+                   std::to_string(hidden));
             units += s.chunk_units(c);
         }
-        expect(units * kUnit == s.hidden_padded() && s.hidden_padded() - hidden < kUnit, "no padding of F past 16", std::to_string(hidden));
+        expect(units * kUnit == s.hidden_padded() && s.hidden_padded() - hidden < kUnit, "no padding of F past 16",
+               std::to_string(hidden));
     }
 }
 
@@ -167,16 +176,17 @@ void hidden() {
                             const int from = lane / 4 * 4 + j, n_tile = group * 4 + lane % 4;
                             const Place place = c_place(from, 2 * half);
                             const int row = block * 64 + warp * 16 + place.row, column = n_tile * 8 + place.column;
-                            expect(at + j * 4 == element_offset(kTileRows, row, column), "a piece holds the columns of its place",
-                                   std::to_string(lane));
+                            expect(at + j * 4 == element_offset(kTileRows, row, column),
+                                   "a piece holds the columns of its place", std::to_string(lane));
                         }
                     }
                 }
             }
         }
     }
-    expect(offsets.size() == 2 * kHiddenTileBytes / kPieceBytes && *offsets.rbegin() == 2 * kHiddenTileBytes - kPieceBytes,
-           "a tile's activations fill it once", "two chunks");
+    expect(
+        offsets.size() == 2 * kHiddenTileBytes / kPieceBytes && *offsets.rbegin() == 2 * kHiddenTileBytes - kPieceBytes,
+        "a tile's activations fill it once", "two chunks");
     for (int chunks = 1; chunks <= 60; ++chunks) {
         for (int each = 1; each <= kExpandMostChunks; ++each) {
             for (int blocks = 1; blocks <= ceil_div(chunks, each); ++blocks) {
@@ -212,15 +222,16 @@ void contracted() {
     for (int out = 1; out <= 1100; ++out) {
         const int columns = contract_columns({1, out, out, 1, out});
         const int padded = round_up(out, kUnit), tiles = ceil_div(out, columns);
-        expect((tiles - 1) * columns < padded && padded <= tiles * columns, "tiles of columns cover N, none empty", std::to_string(out));
+        expect((tiles - 1) * columns < padded && padded <= tiles * columns, "tiles of columns cover N, none empty",
+               std::to_string(out));
     }
 }
 
 void descriptors() {
     for (uint32_t address = 0; address < 232448; address += 32) {
         const uint64_t d = tile_descriptor(address);
-        expect((d & 0x3fff) == address / 16 && (d >> 32 & 0x3fff) == 64 && d >> 62 == 1 && (d >> 46 & 0xffff) == 0, "a descriptor",
-               std::to_string(address));
+        expect((d & 0x3fff) == address / 16 && (d >> 32 & 0x3fff) == 64 && d >> 62 == 1 && (d >> 46 & 0xffff) == 0,
+               "a descriptor", std::to_string(address));
     }
 }
 
@@ -228,7 +239,8 @@ void plan_holds(const Plan& p, const Shape& s, const Device& d) {
     const std::string where = describe(s) + " on sm_" + std::to_string(d.sm) + ", " + name_of(p.kernel);
     expect(p.shared <= d.shared_limit, "shared memory fits", where);
     expect(p.splits >= 1 && p.splits <= s.chunks(), "no empty split", where);
-    expect(p.splits == 1 || p.partial_bytes == int64_t{p.splits} * s.rows * s.out_padded() * 4, "room for partial sums", where);
+    expect(p.splits == 1 || p.partial_bytes == int64_t{p.splits} * s.rows * s.out_padded() * 4, "room for partial sums",
+           where);
     if (p.kernel == Kernel::fused || p.kernel == Kernel::split) {
         bool built = false;
         for (const FusedShape& shape : kFusedShapes) built |= shape.mt == p.mt && shape.nu == p.nu;
@@ -239,32 +251,40 @@ void plan_holds(const Plan& p, const Shape& s, const Device& d) {
                "shared tiles lie apart", where);
     } else if (p.kernel == Kernel::two_gemms) {
         expect(p.hidden_bytes == int64_t{s.rows} * s.hidden_padded() * 2, "room for hidden activations", where);
-        expect(p.expand_columns >= 1 && p.expand_columns <= ceil_div(s.chunks(), 2), "every block of expand has a tile", where);
+        expect(p.expand_columns >= 1 && p.expand_columns <= ceil_div(s.chunks(), 2), "every block of expand has a tile",
+               where);
         expect(gemm_shared_bytes(32 * p.expand_mt) <= d.shared_limit, "expand's shared memory fits", where);
     } else if (p.kernel == Kernel::wgmma_gemms) {
         const ExpandShared at = expand_shared(s, p.slots);
         expect(at.ring % 1024 == 0 && kExpandSlotBytes % 1024 == 0 && kHiddenTileBytes % 1024 == 0 &&
                    contract_slot_bytes(p.nu) % 1024 == 0,
                "tiles start on whole swizzle atoms", where);
-        expect(p.slots >= 2 && at.ring + p.slots * kExpandSlotBytes <= at.barriers && at.barriers + p.slots * 16 <= at.turns &&
-                   at.turns % 8 == 0 && at.bytes <= p.shared && contract_shared_bytes(p.nu) <= p.shared,
+        expect(p.slots >= 2 && at.ring + p.slots * kExpandSlotBytes <= at.barriers &&
+                   at.barriers + p.slots * 16 <= at.turns && at.turns % 8 == 0 && at.bytes <= p.shared &&
+                   contract_shared_bytes(p.nu) <= p.shared,
                "barriers lie past the ring", where);
         expect(kContractRows * stage_pitch(p.nu) * 4 <= contract_barriers(p.nu), "the stage fits", where);
         expect(p.hidden_bytes == hidden_tile(s, row_tiles(s), 0) && row_tiles(s) * kTileRows >= s.rows,
                "room for the images of hidden activations", where);
-        expect(p.expand_columns >= 1 && p.expand_columns <= ceil_div(s.chunks(), p.tile_chunks), "every block has a tile", where);
-        expect(s.embed <= kExpandMaxEmbed && s.in_panels() * kPanel <= kExpandMaxEmbed, "a row fits in registers", where);
+        expect(p.expand_columns >= 1 && p.expand_columns <= ceil_div(s.chunks(), p.tile_chunks),
+               "every block has a tile", where);
+        expect(s.embed <= kExpandMaxEmbed && s.in_panels() * kPanel <= kExpandMaxEmbed, "a row fits in registers",
+               where);
     } else {
         const WgmmaShared at = wgmma_shared(p.nu, s, p.slots);
         expect(at.ring % 1024 == 0 && at.slot_bytes % 1024 == 0, "tiles start on whole swizzle atoms", where);
-        expect(p.slots >= 2 && at.ring + p.slots * at.slot_bytes <= at.barriers && at.barriers % 16 == 0, "barriers lie past the ring", where);
-        expect(p.nu >= s.out_padded() && s.in_panels() * kPanel <= kFusedWidestEmbed, "rows and sums fit registers", where);
-        expect(p.blocks >= 1 && p.blocks <= row_tiles(s) && p.blocks <= d.multiprocessors, "every block has a tile", where);
+        expect(p.slots >= 2 && at.ring + p.slots * at.slot_bytes <= at.barriers && at.barriers % 16 == 0,
+               "barriers lie past the ring", where);
+        expect(p.nu >= s.out_padded() && s.in_panels() * kPanel <= kFusedWidestEmbed, "rows and sums fit registers",
+               where);
+        expect(p.blocks >= 1 && p.blocks <= row_tiles(s) && p.blocks <= d.multiprocessors, "every block has a tile",
+               where);
     }
 }
 
 void plans() {
-    const Device devices[] = {{80, 108, 163 * 1024}, {86, 84, 99 * 1024}, {89, 128, 99 * 1024}, {90, 132, 227 * 1024}, {120, 170, 99 * 1024}};
+    const Device devices[] = {
+        {80, 108, 163 * 1024}, {86, 84, 99 * 1024}, {89, 128, 99 * 1024}, {90, 132, 227 * 1024}, {120, 170, 99 * 1024}};
     std::set<Kernel> seen;
     for (const Device& d : devices) {
         for (const int embed : {1, 17, 64, 153, 192, 193, 307, 345, 384, 385, 483, 512, 513, 768, 1024, 1664, 4096}) {
@@ -282,8 +302,8 @@ void plans() {
                                 expect(kernel != Kernel::two_gemms, "two_gemms take every shape", refusal.what());
                                 expect(kernel != Kernel::wgmma_gemms || d.sm != 90 || s.embed > 768,
                                        "wgmma_gemms take every E up to 768 on sm_90", refusal.what());
-                                expect(std::string(refusal.what()).find(describe(s)) != std::string::npos, "a refusal names its shape",
-                                       refusal.what());
+                                expect(std::string(refusal.what()).find(describe(s)) != std::string::npos,
+                                       "a refusal names its shape", refusal.what());
                             }
                         }
                     }
@@ -291,16 +311,17 @@ void plans() {
             }
         }
     }
-    expect(seen == std::set<Kernel>{Kernel::fused, Kernel::split, Kernel::two_gemms}, "what is chosen unasked", "a set of kernels");
+    expect(seen == std::set<Kernel>{Kernel::fused, Kernel::split, Kernel::two_gemms}, "what is chosen unasked",
+           "a set of kernels");
 }
 
 }  // namespace
 
 int main() {
     const std::pair<const char*, std::function<void()>> checks[] = {
-        {"swizzle", swizzle}, {"fragments", fragments},     {"handover", handover}, {"weights", weights},
-        {"tiles", tiles},     {"hidden", hidden},           {"contracted", contracted},
-        {"descriptors", descriptors}, {"plans", plans}};
+        {"swizzle", swizzle}, {"fragments", fragments}, {"handover", handover},     {"weights", weights},
+        {"tiles", tiles},     {"hidden", hidden},       {"contracted", contracted}, {"descriptors", descriptors},
+        {"plans", plans}};
     for (const auto& [name, check] : checks) {
         const int before = faults;
         check();

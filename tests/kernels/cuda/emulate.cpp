@@ -65,17 +65,21 @@ void gemms(const Arguments& a, const Plan& p) {
 
 template <Dtype D, int Columns>
 void wgmma(const Arguments& a, const Plan& p) {
-    launch({static_cast<unsigned>(p.blocks)}, kWgmmaThreads, p.shared, [&] { fused_wgmma<D, Columns>(a); }, prunevit::emulator::reset_sm90);
+    launch(
+        {static_cast<unsigned>(p.blocks)}, kWgmmaThreads, p.shared, [&] { fused_wgmma<D, Columns>(a); },
+        prunevit::emulator::reset_sm90);
 }
 
 template <Dtype D, int Columns>
 void wgmma_gemms(const Arguments& a, const Plan& p) {
     const unsigned rows = ceil_div(a.shape.rows, kContractRows), columns = ceil_div(a.shape.out, Columns);
     const Dim3 first{static_cast<unsigned>(row_tiles(a.shape)), static_cast<unsigned>(p.expand_columns)};
-    launch(first, kWgmmaThreads, expand_shared(a.shape, p.slots).bytes, [&] { wgmma_expand<D>(a); },
-           prunevit::emulator::reset_sm90);
-    launch({rows * columns, static_cast<unsigned>(p.splits)}, kWgmmaThreads, contract_shared_bytes(Columns),
-           [&] { wgmma_contract<D, Columns>(a); }, prunevit::emulator::reset_sm90);
+    launch(
+        first, kWgmmaThreads, expand_shared(a.shape, p.slots).bytes, [&] { wgmma_expand<D>(a); },
+        prunevit::emulator::reset_sm90);
+    launch(
+        {rows * columns, static_cast<unsigned>(p.splits)}, kWgmmaThreads, contract_shared_bytes(Columns),
+        [&] { wgmma_contract<D, Columns>(a); }, prunevit::emulator::reset_sm90);
 }
 
 template <Dtype D>

@@ -2,12 +2,15 @@
 //
 // What the hardware may do late happens as late as it may: an asynchronous copy lands when it is waited for, a wgmma
 // reads its operands when it is waited for, and others run in between. With PRUNEVIT_EMULATE_EARLY set, copies land
-// as they are issued instead: one hides what comes too late, the other what comes too soon. Shared memory starts as NaNs. Lanes of a warp that reach different
-// collective instructions, addresses outside the block's shared memory, and deadlocks end the program by name.
+// as they are issued instead: one hides what comes too late, the other what comes too soon. Shared memory starts as
+// NaNs. Lanes of a warp that reach different collective instructions, addresses outside the block's shared memory, and
+// deadlocks end the program by name.
 #pragma once
 
-#include <csetjmp>
+#include <ucontext.h>
+
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -16,8 +19,6 @@
 #include <map>
 #include <string>
 #include <vector>
-
-#include <ucontext.h>
 
 #include "arguments.h"
 
@@ -219,7 +220,7 @@ inline float widen(uint16_t bits) {
         return float_of(uint32_t{bits} << 16);
     } else {
         const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-        float out = exponent == 31 ? (mantissa ? NAN : INFINITY)
+        float out = exponent == 31  ? (mantissa ? NAN : INFINITY)
                     : exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
                                     : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
         return bits & 0x8000 ? -out : out;
@@ -254,7 +255,8 @@ inline float sum_of_eight_lanes(float v) {
             float lanes[8];
             for (int i = 0; i < 8; ++i) lanes[i] = *static_cast<float*>(given[first + i]);
             // the butterfly's order of additions
-            const float sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+            const float sum =
+                ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
             for (int i = 0; i < 8; ++i) *static_cast<float*>(given[first + i]) = sum;
         }
     });
@@ -270,7 +272,8 @@ inline uint32_t from_lane_across(uint32_t v, int mask) {
     emulator::warp_meet("shuffle across", &brought, [](void** given) {
         uint32_t before[32];
         for (int i = 0; i < 32; ++i) before[i] = static_cast<Brought*>(given[i])->v;
-        for (int i = 0; i < 32; ++i) static_cast<Brought*>(given[i])->v = before[i ^ static_cast<Brought*>(given[i])->mask];
+        for (int i = 0; i < 32; ++i)
+            static_cast<Brought*>(given[i])->v = before[i ^ static_cast<Brought*>(given[i])->mask];
     });
     return brought.v;
 }

@@ -149,7 +149,8 @@ inline void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier
 // Reads a byte: a buffer ends at an unreadable page.
 inline void prefetch(const void* at) { static_cast<void>(*static_cast<const volatile char*>(at)); }
 inline void prefetch_bulk(const void* from, int bytes) {
-    if (bytes <= 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) emulator::fail("a misaligned bulk prefetch");
+    if (bytes <= 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+        emulator::fail("a misaligned bulk prefetch");
     for (int i = 0; i < bytes; i += 16) prefetch(static_cast<const char*>(from) + i);
 }
 inline void publish_to_async() {}

@@ -52,7 +52,8 @@ int cudaFuncSetAttribute(const void* kernel, int, int bytes) {
 }
 int cudaLaunchKernel(const void* kernel, Dim3 grid, Dim3 block, void** arguments, size_t shared_bytes, void*) {
     const auto found = kernels().find(kernel);
-    if (found == kernels().end() || launched == nullptr || shared_bytes > static_cast<size_t>(found->second.shared_limit)) {
+    if (found == kernels().end() || launched == nullptr ||
+        shared_bytes > static_cast<size_t>(found->second.shared_limit)) {
         return kInvalidValue;
     }
     const unsigned blocks[] = {grid.x, grid.y, grid.z};
