@@ -20,7 +20,7 @@ import torch
 from _record import environment
 from _record import write as write_record
 from _show import table
-from _works import Work, blocks_of, cost, floor_ms, goals
+from _works import OVERLAPPING, Work, blocks_of, cost, floor_ms, goals
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +35,7 @@ IMPLS: dict[str, tuple[str, ...]] = {
         "prunevit", *(f"prunevit:{kernel}" for kernel in MLP_KERNELS), "eager", "inductor max-autotune",
     ),
     "model": (
-        "prunevit", "eager", "eager grouped", "compile max-autotune", "compile reduce-overhead",
+        "prunevit", OVERLAPPING, "eager", "eager grouped", "compile max-autotune", "compile reduce-overhead",
         "dense eager", "dense compile max-autotune", "dense compile reduce-overhead",
     ),
 }  # fmt: skip
@@ -170,6 +170,16 @@ def kernels_of(rows: list[dict[str, Any]]) -> Table:
     return table("fused_mlp, our kernels, µs: the fastest, and what was chosen", columns, lines)
 
 
+def overlap_of(rows: list[dict[str, Any]]) -> list[str]:
+    """What overlapping launches gain, a line a model."""
+    us = {(row["shape"], row["batch"], row["impl"]): row["us_p50"] for row in rows}
+    return [
+        f"{shape}, batch {batch}: {us[shape, batch, 'prunevit'] / time:.2f} times as fast with overlapping launches"
+        for (shape, batch, impl), time in us.items()
+        if impl == OVERLAPPING
+    ]
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """How many times faster than the best peer, beside the goal; a bar a shape and batch."""
     import matplotlib
@@ -235,6 +245,8 @@ def bench(
     Console(width=150).print(table_of(rows))
     if kind == "fused_mlp":
         Console(width=150).print(kernels_of(rows))
+    for line in overlap_of(rows):
+        console.print(line)
     if left:
         sizes = ",".join(map(str, batches))
         shapes_left = ",".join(dict.fromkeys(name for name, _ in left))

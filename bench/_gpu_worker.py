@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _works import TOKENS, Cost, Work, make, padded_spec, up8
+from _works import OVERLAPPING, TOKENS, Cost, Work, make, padded_spec, up8
 from torch import Tensor
 
 from prunevit import PrunedViT, Runtime, shapes
@@ -31,19 +32,24 @@ from prunevit.runtime.work import exponentials, useful_bytes
 from prunevit_kernels import Target
 from prunevit_kernels._launch import TritonOp
 from prunevit_kernels.fused_mlp._cuda import CudaMlp
+from prunevit_kernels.target import PDL_VARIABLE
 
 Run = Callable[[], object]
 REPEATS = 10
 COMPILED = {"compile max-autotune": "max-autotune", "compile reduce-overhead": "reduce-overhead"}
 
 
-def model_of(job: dict[str, Any], work: Work) -> Run:
+def model_of(job: dict[str, Any], work: Work) -> Run | None:
     """A whole model. Peers get the pruned model zero-padded to multiples of 8, or the dense original."""
     impl, dtype = job["impl"], getattr(torch, job["dtype"])
     torch.manual_seed(0)
     spec = shapes.get(work["name"])
     images = torch.randn(work["batch"], spec.in_chans, *spec.img_size, device=job["device"]).to(dtype)
-    if impl == "prunevit":
+    if impl == OVERLAPPING:
+        if job["device"] != "cuda" or torch.cuda.get_device_capability() < (9, 0):
+            return None
+        os.environ[PDL_VARIABLE] = "1"
+    if impl in ("prunevit", OVERLAPPING):
         backend = "cuda" if job["device"] == "cuda" else "torch"
         runtime = Runtime(
             PrunedViT(spec), device=job["device"], dtype=dtype, backend=backend, tuning=job.get("tuning")

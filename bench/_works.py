@@ -10,15 +10,17 @@ from torch import Tensor
 from prunevit import ViTSpec, shapes
 from prunevit.spec import BlockSpec
 from prunevit_kernels import FusedMlp, HeadTable, NormLinear, Op, RaggedAttention, Target
+from prunevit_kernels.units import round_up
 
 TOKENS = 197
+OVERLAPPING = "prunevit:overlapping"  # launches: PRUNEVIT_PDL=1, which GPUs of sm_90 and newer have
 Work = dict[str, Any]  # name, batch; of a block also e, qk, v, f
 Cost = tuple[float, float, float]  # FLOP, bytes, exponentials
 HURT_BY_PADDING = ("snp_deit_tiny", "snp_deit_small", "snp_deit_small_1g3", "ragged_deit_small")
 
 
 def up8(width: int) -> int:
-    return -(-width // 8) * 8
+    return round_up(width, 8)
 
 
 def padded_spec(spec: ViTSpec, *, grouped: bool) -> ViTSpec:

@@ -112,8 +112,9 @@ struct Weights {
 class Mlp {
 public:
     Mlp(const Plan& plan, const Shape& shape, const std::string& dtype, const std::string& act, float eps,
-        const Weights& weights, std::tuple<uintptr_t, int64_t> x, std::optional<Memory> workspace, int device)
-        : plan_(plan), device_(device) {
+        const Weights& weights, std::tuple<uintptr_t, int64_t> x, std::optional<Memory> workspace, int device,
+        bool overlaps)
+        : plan_(plan), device_(device), overlaps_(overlaps) {
         const auto [x_address, pitch] = x;
         expect(pitch >= shape.embed, "rows of x at least E apart, got a pitch of " + std::to_string(pitch));
         expect(x_address != 0 && x_address % 2 == 0, "x on whole elements, got " + std::to_string(x_address));
@@ -167,7 +168,9 @@ public:
 
     void launch(uintptr_t stream) const {
         const OnDevice here(device_, plan_, arguments_.shape);
-        for (const Launch& launch : launches_) start(launch, arguments_, plan_, reinterpret_cast<cudaStream_t>(stream));
+        for (const Launch& launch : launches_) {
+            start(launch, arguments_, plan_, overlaps_, reinterpret_cast<cudaStream_t>(stream));
+        }
     }
 
     static int64_t round_up_bytes(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -175,6 +178,7 @@ public:
 private:
     Plan plan_;
     int device_;
+    bool overlaps_;
     Arguments arguments_{};
     std::vector<Launch> launches_;
 };
@@ -230,10 +234,11 @@ PYBIND11_MODULE(_cuda, m) {
 
     py::class_<Mlp>(m, "Mlp", py::module_local(), "One MLP bound to its buffers; launch(stream) only launches")
         .def(py::init([](const Plan& plan, const Shape& shape, const std::string& dtype, const std::string& act,
-                         float eps, const Weights& weights, Given x, std::optional<Given> workspace, int device) {
-                 return Mlp(plan, shape, dtype, act, eps, weights, x, memory_of(workspace), device);
+                         float eps, const Weights& weights, Given x, std::optional<Given> workspace, int device,
+                         bool overlaps) {
+                 return Mlp(plan, shape, dtype, act, eps, weights, x, memory_of(workspace), device, overlaps);
              }),
              py::arg("plan"), py::arg("shape"), py::arg("dtype"), py::arg("act"), py::arg("eps"), py::arg("weights"),
-             py::arg("x"), py::arg("workspace"), py::arg("device"))
+             py::arg("x"), py::arg("workspace"), py::arg("device"), py::arg("overlaps"))
         .def("launch", &Mlp::launch, py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }

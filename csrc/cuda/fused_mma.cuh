@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kThreads, (MT * NU) <= 6 ? 2 : 1) fused_mma(co
         commit_copies();
     };
 
+    await_launches();
     const RowTile rows{row0, kRows, shared, thread, kThreads};
     fetch_rows(a, rows);
     copy_w1(chunks.begin);
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(kThreads, (MT * NU) <= 6 ? 2 : 1) fused_mma(co
 // x += γ (Σ splits + b2). A launch of its own: every split must have ended, and the whole chip shares the reading.
 template <Dtype D>
 __global__ void __launch_bounds__(kThreads) reduce_splits(const __grid_constant__ Arguments a) {
+    await_launches();
     const int pieces = a.shape.out_padded() / 8;
     const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     const int row = static_cast<int>(i / pieces), n = static_cast<int>(i % pieces) * 8;

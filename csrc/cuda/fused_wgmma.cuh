@@ -191,6 +191,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) fused_wgmma(const __grid_con
         if (thread == 0) feed(a, ring, tiles);
     } else {
         take_registers<240>();
+        await_launches();  // the ring fills meanwhile: no launch writes weights
         const int own = group * 64 * a.shape.in_panels() * kRowBytes;
         const auto rows_of = [&](int tile) {
             return RowTile{tile * kTileRows + group * 64, 64, shared + own, thread % 128, 128};

@@ -32,10 +32,21 @@ inline void prepare(const Launch& launch, int shared_limit, const Plan& plan, co
           "cudaFuncSetAttribute", plan, shape);
 }
 
-inline void start(const Launch& launch, const Arguments& arguments, const Plan& plan, cudaStream_t stream) {
+// `overlaps`: it may begin before the launch ahead of it has ended (programmatic dependent launch).
+inline void start(const Launch& launch, const Arguments& arguments, const Plan& plan, bool overlaps,
+                  cudaStream_t stream) {
     void* given[] = {const_cast<Arguments*>(&arguments)};
-    check(cudaLaunchKernel(launch.kernel, launch.grid, dim3(launch.threads), given, launch.shared, stream),
-          "cudaLaunchKernel", plan, arguments.shape);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = launch.grid;
+    config.blockDim = dim3(launch.threads);
+    config.dynamicSmemBytes = launch.shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = overlaps ? 1 : 0;
+    check(cudaLaunchKernelExC(&config, launch.kernel, given), "cudaLaunchKernelExC", plan, arguments.shape);
 }
 
 Launch fused_launch(Dtype dtype, const Shape& shape, const Plan& plan);

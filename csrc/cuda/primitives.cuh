@@ -21,6 +21,15 @@ PRUNEVIT_DEVICE uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// From here on all that was launched before has ended. Only now may the next launch begin, where it was launched to
+// overlap: it waits for this one alone.
+PRUNEVIT_DEVICE void await_launches() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 PRUNEVIT_DEVICE float fast_exp2(float v) {
     float out;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));

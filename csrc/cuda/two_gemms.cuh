@@ -67,6 +67,7 @@ __global__ void __launch_bounds__(kThreads, 2) expand(const __grid_constant__ Ar
 
     copy_weights(0);
     copy_weights(1);
+    await_launches();
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
         const int row = m * 32 + thread / 8;
@@ -146,6 +147,7 @@ __global__ void __launch_bounds__(kThreads, 2) contract(const __grid_constant__ 
         commit_copies();
     };
 
+    await_launches();
     copy(chunks.begin);
     copy(chunks.begin + 1);
     float sums[MT][2 * kGemmUnits][4] = {};

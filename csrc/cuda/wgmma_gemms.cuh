@@ -136,6 +136,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) wgmma_expand(const __grid_co
         if (thread == 0) feed_expand(a, ring, tiles);
     } else {
         take_registers<232>();
+        await_launches();  // the ring fills meanwhile: no launch writes weights
         const RowTile rows{static_cast<int>(blockIdx.x) * kTileRows, kTileRows, shared, thread - 128, 256};
         fetch_rows(a, rows);
         normalise_rows<D, 0, kExpandMaxEmbed / kPanel>(a, rows);
@@ -208,6 +209,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) wgmma_contract(const __grid_
         barriers_ready();
     }
     __syncthreads();
+    await_launches();
 
     if (group < 0) {
         give_registers<40>();

@@ -45,23 +45,23 @@ class _AbsentGpu:
 
 
 @contextmanager
-def compiling_for(capability: int, dtype: torch.dtype) -> Iterator[Target]:
+def compiling_for(capability: int, dtype: torch.dtype, overlaps: bool = False) -> Iterator[Target]:
     """Within, calls compile for sm_80, sm_90 …. The target that is given packs ops on the CPU for them."""
     expect(not triton.knobs.runtime.interpret, "a process without TRITON_INTERPRET", got="TRITON_INTERPRET=1")
     driver: Any = triton.runtime.driver
     before = driver._active
     driver.set_active(_AbsentGpu(capability))
     try:
-        yield stand_in_target(dtype)
+        yield stand_in_target(dtype, overlaps)
     finally:
         driver._active = before
 
 
-def stand_in_target(dtype: torch.dtype) -> Target:
+def stand_in_target(dtype: torch.dtype, overlaps: bool = False) -> Target:
     """A ``cuda`` target whose tensors are on the CPU, for the interpreter and for compiling: Target refuses one."""
     target = object.__new__(Target)
     fields = {"backend": "cuda", "device": torch.device("cpu"), "dtype": dtype, "threads": 1, "tuning": None}
-    for name, value in fields.items():
+    for name, value in (fields | {"overlaps": overlaps}).items():
         object.__setattr__(target, name, value)
     return target
 

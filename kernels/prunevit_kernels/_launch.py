@@ -45,7 +45,8 @@ class Call:
 
     def _options(self) -> dict[str, Any]:
         # fp fusion is set because its default differs between Triton's versions
-        return {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
+        return {**options, "launch_pdl": True} if self.constants["PDL"] else options
 
 
 class TritonOp(Generic[AnyOp]):

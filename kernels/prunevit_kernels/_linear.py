@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configs import Tile
+from .target import Target
 from .units import round_up
 
 BLOCK_K = 64  # packed weights have zeros up to a multiple of this, so that no load of weights is masked along k
@@ -158,10 +159,10 @@ class PackedLinear:
         left = self.in_dim % block_k
         return 0 if left == 0 else max(16, 1 << (left - 1).bit_length())
 
-    def constants(self, tile: Tile) -> dict[str, object]:
+    def constants(self, tile: Tile, target: Target) -> dict[str, object]:
         return {
             "TAIL": self.tail(tile.block_k), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.block_k, "STAGES": tile.stages,
+            "BLOCK_K": tile.block_k, "STAGES": tile.stages, "PDL": target.overlaps,
         }  # fmt: skip
 
     def programs(self, rows: int, tile: Tile) -> int:

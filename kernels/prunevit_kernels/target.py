@@ -22,6 +22,7 @@ BackendName = Literal["torch", "cpu", "cuda"]
 BACKENDS: tuple[BackendName, ...] = ("torch", "cpu", "cuda")
 
 HALF = (torch.float16, torch.bfloat16)
+PDL_VARIABLE = "PRUNEVIT_PDL"
 BUILD_COMMAND = "python setup.py build_ext --inplace"
 
 Launch = Callable[[], None]
@@ -76,6 +77,21 @@ class Target:
         from .cpu import new_pool  # the extension is loaded only by who runs on it
 
         return new_pool(self.threads)
+
+    @cached_property
+    def overlaps(self) -> bool:
+        """Whether a launch may begin before the one ahead of it has ended, where ``PRUNEVIT_PDL=1`` asks for it.
+
+        CUDA calls it programmatic dependent launch: blocks are placed, and what they need not wait for is done, while
+        the last blocks of the launch ahead still run. GPUs of sm_90 and newer have it.
+        """
+        asked = os.environ.get(PDL_VARIABLE, "0")
+        expect(asked in ("0", "1"), f"0 or 1 in {PDL_VARIABLE}", got=asked)
+        if asked == "0" or self.backend != "cuda":
+            return False
+        capability = torch.cuda.get_device_capability(self.device)
+        expect(capability >= (9, 0), f"a GPU of sm_90 or newer for {PDL_VARIABLE}=1", got=capability)
+        return True
 
     def pitch(self, width: int) -> int:
         """Elements from one row of a buffer to the next: a multiple of 8 on a GPU, of a cache line on a CPU."""

@@ -224,6 +224,21 @@ def test_two_ops_of_the_same_weights_have_two_packs() -> None:
     assert packs.made == made + 3
 
 
+def test_launches_overlap_where_they_are_asked_to_and_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = [torch.device("cuda", 0), torch.bfloat16]
+    assert not Target("cuda", *gpu).overlaps
+    monkeypatch.setenv("PRUNEVIT_PDL", "1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert Target("cuda", *gpu).overlaps
+    assert not Target("torch").overlaps
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    with pytest.raises(ContractError, match=r"sm_90 or newer for PRUNEVIT_PDL=1, got \(8, 9\)"):
+        _ = Target("cuda", *gpu).overlaps
+    monkeypatch.setenv("PRUNEVIT_PDL", "yes")
+    with pytest.raises(ContractError, match="0 or 1 in PRUNEVIT_PDL, got yes"):
+        _ = Target("cuda", *gpu).overlaps
+
+
 def test_an_unaligned_table_is_only_for_backends_without_alignment() -> None:
     assert Target("torch").alignment == 1
     table = HeadTable.packed(QK, V, align=8)

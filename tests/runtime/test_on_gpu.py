@@ -43,6 +43,19 @@ def test_computes_what_the_module_computes(name: str, dtype: torch.dtype) -> Non
     held_to_eager(model, images, outputs[0], dtype)
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_launches_that_overlap(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that begin while the one ahead still runs compute the same."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("launches overlap from sm_90 on")
+    images = images_of(name)
+    want = Runtime(random_model(SPECS[name])).warmup(3)(images)
+    monkeypatch.setenv("PRUNEVIT_PDL", "1")
+    overlapping = Runtime(random_model(SPECS[name])).warmup(3)
+    for _ in range(20):
+        assert torch.equal(overlapping(images), want)
+
+
 @DTYPES
 @pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -53,6 +53,8 @@ class Memory(DeviceMemory):
         self.library = library
         self.touched: dict[int, Touched] = {}
         self.known: OrderedDict[Hashable, list[list[Effect]]] = OrderedDict()
+        self.last: list[Effect] = []
+        """Of the launch before this one."""
 
     def allocation(self, address: int) -> Allocation:
         base, size = ctypes.c_size_t(), ctypes.c_size_t()
@@ -88,6 +90,9 @@ class Memory(DeviceMemory):
             offsets = (chosen - np.uint64(base)).astype(np.int64)
             yield self.touched[int(base)].state, offsets[:, None] + np.arange(size)
 
+    def before_waiting(self) -> DeviceMemory:
+        return BeforeWaiting(self)
+
     def launch(self, key: Hashable, run: Callable[[], object]) -> None:
         """Run a launch, or do what it did when it was run on what it reads now."""
         self.touched = {}
@@ -95,9 +100,30 @@ class Memory(DeviceMemory):
             if all(np.array_equal(self.allocation(e.base).data[e.read], e.saw) for e in effects):
                 for e in effects:
                     self.allocation(e.base).data[e.written] = e.wrote
+                self.last = effects
                 return
         run()
-        self.known.setdefault(key, []).append([touched.effect() for touched in self.touched.values()])
+        self.last = [touched.effect() for touched in self.touched.values()]
+        self.known.setdefault(key, []).append(self.last)
         self.known.move_to_end(key)
         while len(self.known) > self.KEPT:
             self.known.popitem(last=False)
+
+
+class BeforeWaiting(DeviceMemory):
+    """What a launch sees that does not wait for the one ahead of it yet: it may not read what that one writes."""
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__()
+        self.memory = memory
+
+    def read(self, addresses: Array, kind: str) -> Array:
+        size = np.dtype(kind).itemsize
+        for effect in self.memory.last:
+            offsets = (addresses - np.uint64(effect.base)).astype(np.int64)[:, None] + np.arange(size)
+            if np.isin(offsets, effect.written).any():
+                raise Fault("the launch ahead writes what is read before griddepcontrol.wait")
+        return self.memory.read(addresses, kind)
+
+    def write(self, addresses: Array, values: Array) -> None:
+        raise Fault(f"{int(addresses.min()):#x} is written before griddepcontrol.wait")

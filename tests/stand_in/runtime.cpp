@@ -92,6 +92,9 @@ cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arg
     return last_error = static_cast<cudaError_t>(
                launch_kernel(found->second.name.c_str(), nullptr, blocks, threads, args, shared, stream));
 }
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** args) {
+    return cudaLaunchKernel(host, config->gridDim, config->blockDim, args, config->dynamicSmemBytes, config->stream);
+}
 cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute which, int value) {
     const auto found = kernels().find(host);
     if (found == kernels().end() || which != cudaFuncAttributeMaxDynamicSharedMemorySize ||

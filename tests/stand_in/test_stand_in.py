@@ -55,7 +55,8 @@ def test_the_engine(order: str) -> None:
 def test_whole_models() -> None:
     """Compiled, packed, run step by step, recorded and replayed; graphs that come and go; what a capture forbids."""
     exact = "computes and bf16 and (partial_writes or heads_at_the_end or distilled or attention_pool-)"
-    names = f"({exact}) or come_and_go or allocates or warm_runtime or else or looked_for"
+    overlap = "overlap and (partial_writes or cascade)"
+    names = f"({exact}) or come_and_go or allocates or warm_runtime or else or looked_for or {overlap}"
     run("late", RUNTIME, "-k", names)
 
 

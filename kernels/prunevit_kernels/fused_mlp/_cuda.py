@@ -180,6 +180,7 @@ class CudaMlp:
             (x.data_ptr(), pitch),
             _memory(workspace),
             device,
+            self.target.overlaps,
         )
         # whoever holds the launch holds every buffer that it reads or writes
         return partial(_launch, mlp, device, (self.weights, x, workspace))

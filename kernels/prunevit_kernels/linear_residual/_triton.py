@@ -11,6 +11,7 @@ from .._configs import Problem, linear_tile
 from .._expect import matrix_of
 from .._launch import Call, TritonOp, expect_rows
 from .._linear import PackedLinear, locate_tile, multiply, padded_vector, store_columns
+from .._overlap import await_launches
 from ..target import Target
 from . import LinearResidual
 
@@ -19,8 +20,9 @@ from . import LinearResidual
 def linear_residual_kernel(
     c, w, bias, gamma, writes, x, M, D, K, c_row8, w_row8, x_row8,
     GAMMA: tl.constexpr, WRITES: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    await_launches(PDL)
     # locate
     first_row, rows, present, first_col = locate_tile(M, D, BLOCK_M, BLOCK_N)
     cols = first_col + tl.arange(0, BLOCK_N)
@@ -72,7 +74,8 @@ class ResidualLinear:
         gamma = linear.bias if self.gamma is None else self.gamma
         writes = linear.bias if self.writes is None else self.writes
         args = (c, linear.weight, linear.bias, gamma, writes, x, rows, linear.out_dim, linear.in_dim, *pitches)
-        constants = {"GAMMA": self.gamma is not None, "WRITES": self.writes is not None, **linear.constants(tile)}
+        epilogue = {"GAMMA": self.gamma is not None, "WRITES": self.writes is not None}
+        constants = {**epilogue, **linear.constants(tile, target)}
         return Call(linear_residual_kernel, linear.programs(rows, tile), args, constants, tile, problem)
 
 

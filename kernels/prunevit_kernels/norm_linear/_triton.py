@@ -14,6 +14,7 @@ from .._configs import Problem, linear_tile
 from .._expect import matrix_of
 from .._launch import Call, TritonOp, expect_rows
 from .._linear import PackedLinear, activate, locate_tile, multiply, store_columns
+from .._overlap import await_launches
 from ..target import Target
 from . import NormLinear
 
@@ -22,8 +23,9 @@ from . import NormLinear
 def norm_linear_kernel(
     x, w, column_sums, bias, y, M, D, K, x_row8, w_row8, y_pitch, eps,
     NORM: tl.constexpr, ACT: tl.constexpr, Y_UNIT: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    await_launches(PDL)
     # locate
     first_row, rows, present, first_col = locate_tile(M, D, BLOCK_M, BLOCK_N)
     cols = first_col + tl.arange(0, BLOCK_N)
@@ -58,7 +60,7 @@ def linear_call(
     unit = 8 if y_pitch % 8 == 0 else 1
     pitches = (x_pitch // 8, linear.weight.stride(0) // 8, y_pitch // unit)
     args = (x, linear.weight, linear.column_sums, linear.bias, y, *sizes, *pitches, eps or 0.0)
-    constants = {"NORM": eps is not None, "ACT": act, "Y_UNIT": unit, **linear.constants(tile)}
+    constants = {"NORM": eps is not None, "ACT": act, "Y_UNIT": unit, **linear.constants(tile, target)}
     return Call(norm_linear_kernel, linear.programs(rows, tile), args, constants, tile, problem)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .._configs import Problem, linear_tile
 from .._launch import Call, TritonOp, expect_rows
 from .._linear import BLOCK_K, store_columns
+from .._overlap import await_launches
 from .._rows import layer_norm, packed_affine, rows_tile
 from ..target import Target
 from ..units import round_up
@@ -24,9 +25,10 @@ from . import PatchEmbed
 def patch_embed_kernel(
     images, w, added, prefix, x, B, CHANNELS, HEIGHT, WIDTH, GRID_H, GRID_W, E, K, PREFIX, w_row8, x_image8, x_row8,
     P: tl.constexpr, Q: tl.constexpr, Q_PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Tokens = patches Wᵀ + added, behind the prefix tokens. The last programs write the prefix."""
+    await_launches(PDL)
     patches = GRID_H * GRID_W
     blocks = tl.cdiv(E, BLOCK_N)
     row_block = tl.program_id(0) // blocks
@@ -72,9 +74,10 @@ def patch_embed_kernel(
 @triton.jit(do_not_specialize=["ROWS", "N", "E", "PREFIX", "x_image8", "x_row8"])
 def norm_tokens_kernel(
     x, positions, embed_affine, pre_affine, ROWS, N, E, PREFIX, x_image8, x_row8, eps,
-    EMBED_NORM: tl.constexpr, PRE_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EMBED_NORM: tl.constexpr, PRE_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """In place: patches ← LN(patches) + positions, then all tokens ← LN(tokens), as far as the model has them."""
+    await_launches(PDL)
     # locate
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     present = rows < ROWS
@@ -136,6 +139,7 @@ class Packed(TritonOp[PatchEmbed]):
         constants = {
             "P": p, "Q": q, "Q_PADDED": self.q_padded,
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
+            "PDL": self.target.overlaps,
         }  # fmt: skip
         calls = [Call(patch_embed_kernel, row_blocks * -(-e // tile.block_n), args, constants, tile, problem)]
         if any(norm is not None for norm in self.norms):
@@ -153,7 +157,7 @@ class Packed(TritonOp[PatchEmbed]):
         )  # fmt: skip
         constants = {
             "EMBED_NORM": embed_norm is not None, "PRE_NORM": pre_norm is not None,
-            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PDL": self.target.overlaps,
         }  # fmt: skip
         return Call(
             norm_tokens_kernel, -(-b * n // tile.block_m), args, constants, tile, Problem("rows", (b * n, e, e))

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._configs import Problem
 from .._launch import Call, TritonOp, expect_rows, scratch_for
 from .._linear import PackedLinear
+from .._overlap import await_launches
 from .._rows import layer_norm, packed_affine, rows_tile
 from ..norm_linear._triton import linear_call
 from ..target import Target
@@ -22,9 +23,10 @@ from . import PoolHead
 @triton.jit(do_not_specialize=["ROWS", "TOKENS", "E", "x_image8", "x_row8", "out_image", "out_token"])
 def take_tokens_kernel(
     x, affine, fc_affine, out, ROWS, TOKENS, E, x_image8, x_row8, out_image, out_token, eps,
-    NORM: tl.constexpr, FC_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NORM: tl.constexpr, FC_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The first TOKENS of each image, through up to two norms."""
+    await_launches(PDL)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     present = (rows < ROWS)[:, None]
     image = (rows // TOKENS).to(tl.int64)
@@ -44,8 +46,10 @@ def take_tokens_kernel(
 def pool_tokens_kernel(
     x, affine, fc_affine, out, N, E, PREFIX, x_image8, x_row8, out_image, eps,
     POOL: tl.constexpr, NORM: tl.constexpr, FC_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One image: mean, maximum, or half of both, over its tokens behind the prefix."""
+    await_launches(PDL)
     image = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     x += image * x_image8 * 8
@@ -111,7 +115,7 @@ class Packed(TritonOp[PoolHead]):
         norms = [x if norm is None else norm for norm in (self.norm, self.fc_norm)]  # x: not read
         constants: dict[str, object] = {
             "NORM": self.norm is not None, "FC_NORM": self.fc_norm is not None,
-            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PDL": self.target.overlaps,
         }  # fmt: skip
         problem = Problem("rows", (b, n, e))
         pitches = (x.stride(0) // 8, x.stride(1) // 8)

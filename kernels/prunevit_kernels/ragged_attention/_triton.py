@@ -16,6 +16,7 @@ from torch import Tensor
 from .._configs import Problem, attention_tile
 from .._expect import expect
 from .._launch import Call, TritonOp, expect_rows
+from .._overlap import await_launches
 from ..heads import HeadTable
 from ..target import Target
 from ..units import round_up
@@ -148,8 +149,9 @@ def _attend(
 def ragged_attention_kernel(
     qkv, out, table, B, N, NQ, image8, row8, out_image8, out_row8,
     MENU: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    await_launches(PDL)
     query_blocks = tl.cdiv(NQ, BLOCK_M)
     program = tl.program_id(0)
     head = program // (query_blocks * B)
@@ -241,6 +243,7 @@ class Packed(TritonOp[RaggedAttention]):
         constants = {
             "MENU": tuple((*chunks(qk), *chunks(v)) for qk, v in self.menu),
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "TAIL": tail, "STAGES": tile.stages,
+            "PDL": self.target.overlaps,
         }  # fmt: skip
         args = (qkv, out, self.table, b, n, queries, *pitches)
         return [Call(ragged_attention_kernel, grid, args, constants, tile, problem)]

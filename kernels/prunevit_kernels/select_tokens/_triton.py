@@ -14,6 +14,7 @@ from torch import Tensor
 from .._configs import Problem, Tile
 from .._launch import Call, TritonOp, expect_rows, scratch_for
 from .._linear import store_columns
+from .._overlap import await_launches
 from . import SelectTokens
 
 TILE = Tile(block_m=32, block_n=128, warps=4, stages=2)
@@ -29,9 +30,10 @@ def _load_scores(scores, tokens, PREFIX, N):
 @triton.jit(do_not_specialize=["N", "PREFIX", "KEEP", "scores_image"])
 def mark_kept_kernel(
     scores, kept, N, PREFIX, KEEP, scores_image,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """kept [B, N] = 1 where a token stays."""
+    await_launches(PDL)
     blocks = tl.cdiv(N, BLOCK_M)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     tokens = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -52,9 +54,10 @@ def mark_kept_kernel(
 @triton.jit(do_not_specialize=["N", "E", "x_image8", "x_row8", "y_image8", "y_row8", "scores_image", "out_image"])
 def gather_kept_kernel(
     x, scores, kept, kept_x, kept_scores, N, E, x_image8, x_row8, y_image8, y_row8, scores_image, out_image,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Copy the tokens that stay, in their order."""
+    await_launches(PDL)
     # locate: a token goes behind all that stay before it
     blocks = tl.cdiv(N, BLOCK_M)
     image = (tl.program_id(0) // blocks).to(tl.int64)
@@ -85,9 +88,10 @@ def gather_kept_kernel(
 )
 def fuse_dropped_kernel(
     x, scores, kept, kept_x, kept_scores, N, E, LAST, x_image8, x_row8, y_image8, y_row8, scores_image, out_image,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The last token: the mean of the dropped ones, weighted by their scores."""
+    await_launches(PDL)
     blocks = tl.cdiv(E, BLOCK_N)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -119,7 +123,7 @@ class Packed(TritonOp[SelectTokens]):
         pitches = [stride // 8 for stride in (*x.stride()[:2], *kept_x.stride()[:2])]
         images = (scores.stride(0), kept_scores.stride(0))
         problem = Problem("select", (b, n, e))
-        blocks = {"BLOCK_M": TILE.block_m, "BLOCK_N": TILE.block_n}
+        blocks = {"BLOCK_M": TILE.block_m, "BLOCK_N": TILE.block_n, "PDL": self.target.overlaps}
         programs = b * -(-n // TILE.block_m)
         buffers = (x, scores, kept, kept_x, kept_scores)
         calls = [

@@ -14,6 +14,7 @@ from torch import Tensor
 from .._configs import Problem, scores_tile
 from .._expect import expect
 from .._launch import Call, TritonOp, expect_rows, scratch_for
+from .._overlap import await_launches
 from ..ragged_attention._triton import chunks, exact_class, load_slice
 from ..target import Target
 from . import TokenScores
@@ -42,8 +43,10 @@ def _scores(q0, q1, k0, k1, Q1: tl.constexpr):
 def softmax_sums_kernel(
     qkv, sums, table, H, N, NQ, image8, row8,
     Q0: tl.constexpr, Q1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """sums [B, H, NQ] = log2 Σ_keys 2^score."""
+    await_launches(PDL)
     # locate
     query_blocks = tl.cdiv(NQ, BLOCK_M)
     map_index = tl.program_id(0) // query_blocks
@@ -76,8 +79,10 @@ def token_scores_kernel(
     qkv, sums, table, scores, H, N, NQ, image8, row8, scores_image,
     ADD: tl.constexpr,
     Q0: tl.constexpr, Q1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """scores [B, N] = Σ_heads max_queries 2^(score − sum)."""
+    await_launches(PDL)
     # locate
     key_blocks = tl.cdiv(N, BLOCK_N)
     image = (tl.program_id(0) // key_blocks).to(tl.int64)
@@ -133,6 +138,7 @@ class Packed(TritonOp[TokenScores]):
         constants = {
             "Q0": self.chunks[0], "Q1": self.chunks[1],
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.stages,
+            "PDL": self.target.overlaps,
         }  # fmt: skip
         spread = Call(
             token_scores_kernel, b * -(-n // tile.block_n),

@@ -47,6 +47,7 @@ def mlp(native: ModuleType, **changed: object) -> object:
         "x": (4096, 160),
         "workspace": (4096, 1 << 24),
         "device": 0,
+        "overlaps": False,
     }
     return native.Mlp(plan=plan, shape=shape, weights=native.Weights(**memory), **(given | changed))
 

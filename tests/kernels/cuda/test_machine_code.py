@@ -30,6 +30,8 @@ class Code:
     registers: int = 0
     stack: int = 0
     instructions: Counter[str] | None = None
+    before_waiting: Counter[str] | None = None
+    """Those ahead of ACQBULK, which waits until what was launched before has ended."""
 
 
 def short_name(mangled: str) -> str:
@@ -58,7 +60,7 @@ def code() -> dict[tuple[str, str], Code]:
                 name = short_name(line)
             elif name and "REG:" in line:
                 numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
-                found[arch, name] = Code(numbers["REG"], numbers["STACK"], Counter())
+                found[arch, name] = Code(numbers["REG"], numbers["STACK"], Counter(), Counter())
                 name = ""
         for line in dump("-sass", path).splitlines():
             if "arch = " in line:
@@ -66,7 +68,10 @@ def code() -> dict[tuple[str, str], Code]:
             elif "Function : " in line:
                 name = short_name(line)
             elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", line):
-                found[arch, name].instructions[match[1]] += 1  # type: ignore[index]
+                made = found[arch, name]
+                made.instructions[match[1]] += 1  # type: ignore[index]
+                if "ACQBULK" not in made.instructions:  # type: ignore[operator]
+                    made.before_waiting[match[1]] += 1  # type: ignore[index]
     return found
 
 
@@ -126,3 +131,14 @@ def test_wgmma_kernels_run_on_hoppers_own_instructions(code: dict[tuple[str, str
 def test_products_stay_in_flight(serialised: set[str]) -> None:
     """None waits for the one before it."""
     assert serialised == set()
+
+
+def test_launches_may_overlap(code: dict[tuple[str, str], Code]) -> None:
+    """Before the launch ahead has ended, nothing is read but weights; the next one begins after that."""
+    for key, made in code.items():
+        overlaps = key[0] == "sm_90a"
+        assert (count(made, "ACQBULK"), count(made, "PREEXIT")) == (overlaps, overlaps), key
+        if overlaps:
+            assert made.before_waiting is not None
+            weights = {"LDGSTS"} if key[1].startswith("expand") else set[str]()
+            assert set(made.before_waiting) & {"LDG", "LD", "STG", "ST", "LDGSTS", "PREEXIT"} == weights, key

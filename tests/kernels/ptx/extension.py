@@ -80,7 +80,7 @@ class EmulatedExtension:
         self.failure: BaseException | None = None
         for name, tensor in {**weights.buffers(), "x": x, "workspace": workspace}.items():
             if tensor is not None:
-                self.memory.add(name, tensor)
+                self.memory.add(name, tensor, constant=name not in ("x", "workspace"))
         mlp.launch(0)
         if self.failure is not None:
             raise self.failure

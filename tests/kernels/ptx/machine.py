@@ -94,6 +94,9 @@ class Block:
         self.random = None if self.timing.order is None else np.random.default_rng(self.timing.order)
         self.operations: list[Operation | None] = [None] * len(self.kernel.code)
         self.stops = set(self.kernel.labels.values())
+        overlaps = any(each.parts == ("griddepcontrol", "wait") for each in self.kernel.code)
+        self.waited = np.full(count, not overlaps)
+        self.constants = self.memory.before_waiting() if overlaps else self.memory
 
     def _place_variables(self) -> tuple[dict[str, int], int]:
         """Shared variables one after another, dynamic memory last; parameters by their offsets."""
@@ -243,6 +246,10 @@ class Block:
     def _leave_nothing_behind(self) -> None:
         if any(self.products) or any(self.product_groups) or self.bulk:
             raise Fault(f"{self.kernel.name} returned before its asynchronous work was waited for")
+
+    def device(self, lanes: Array) -> DeviceMemory:
+        """Device memory, as far as these threads may touch it now."""
+        return self.memory if self.waited[lanes].all() else self.constants
 
     def warps(self, lanes: Array) -> Array:
         """Their warps; an ``.aligned`` instruction wants them whole."""

@@ -25,6 +25,7 @@ class Allocation:
     name: str
     base: int
     data: Array  # bytes
+    constant: bool = False
 
     @property
     def end(self) -> int:
@@ -37,14 +38,18 @@ class DeviceMemory:
 
     allocations: list[Allocation] = field(default_factory=list)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """The storage of a tensor; views of one storage count once."""
+    def add(self, name: str, tensor: Tensor, constant: bool = False) -> None:
+        """The storage of a tensor; views of one storage count once. No launch writes what is ``constant``."""
         storage = tensor.untyped_storage()
         base, size = storage.data_ptr(), storage.nbytes()
         if size == 0 or any(known.base == base for known in self.allocations):
             return
         data = np.frombuffer((ctypes.c_uint8 * size).from_address(base), np.uint8)
-        self.allocations = sorted([*self.allocations, Allocation(name, base, data)], key=lambda a: a.base)
+        self.allocations = sorted([*self.allocations, Allocation(name, base, data, constant)], key=lambda a: a.base)
+
+    def before_waiting(self) -> DeviceMemory:
+        """What a launch may touch while the one ahead of it still runs: it may read what none writes."""
+        return Constants([held for held in self.allocations if held.constant])
 
     def at(self, address: int) -> Allocation:
         place = bisect_right([a.base for a in self.allocations], address) - 1
@@ -80,6 +85,17 @@ class DeviceMemory:
                 self.write(addresses[i : i + 1], values[i : i + 1])
             return
         scatter(allocation.data, offsets, values)
+
+
+class Constants(DeviceMemory):
+    def at(self, address: int) -> Allocation:
+        try:
+            return super().at(address)
+        except Fault:
+            raise Fault(f"{address:#x} is read before griddepcontrol.wait: an earlier launch may write it") from None
+
+    def write(self, addresses: Array, values: Array) -> None:
+        raise Fault(f"{int(addresses.min()):#x} is written before griddepcontrol.wait")
 
 
 def gather(data: Array, offsets: Array, kind: str) -> Array:

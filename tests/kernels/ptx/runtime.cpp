@@ -10,13 +10,23 @@ struct Dim3 {
     unsigned x, y, z;
 };
 
+struct Config {  // cudaLaunchConfig_t
+    Dim3 grid, block;
+    size_t shared_bytes;
+    void* stream;
+    const int* attributes;  // of one, its kind comes first
+    unsigned attribute_count;
+};
+
 using Launched = void (*)(const char* kernel, const unsigned* grid, unsigned threads, const void* arguments,
                           size_t shared_bytes);
 
 Launched launched = nullptr;
+int overlapping = 0;
 int multiprocessors = 132, capability = 90, shared_limit = 227 * 1024;
 
 constexpr int kSuccess = 0, kInvalidValue = 1, kNotReady = 600;
+constexpr int kProgrammaticStreamSerialization = 6;  // cudaLaunchAttributeID
 constexpr int kMaxSharedPerBlockOptin = 97, kMultiProcessorCount = 16, kMajor = 75, kMinor = 76;  // cudaDeviceAttr
 
 }  // namespace
@@ -26,6 +36,9 @@ extern "C" {
 void emulate_gpu(int sm, int count, int shared, Launched function) {
     capability = sm, multiprocessors = count, shared_limit = shared, launched = function;
 }
+
+// How many launches asked to begin before the one ahead of them has ended.
+int overlapping_launches() { return overlapping; }
 
 // what <<<>>> would call; the extension has none
 int __cudaGetKernel(void**, const void*) { return kNotReady; }
@@ -50,14 +63,20 @@ int cudaFuncSetAttribute(const void* kernel, int, int bytes) {
     }
     return found->second.shared_limit = bytes, kSuccess;
 }
-int cudaLaunchKernel(const void* kernel, Dim3 grid, Dim3 block, void** arguments, size_t shared_bytes, void*) {
+int cudaLaunchKernelExC(const Config* config, const void* kernel, void** arguments) {
     const auto found = kernels().find(kernel);
     if (found == kernels().end() || launched == nullptr ||
-        shared_bytes > static_cast<size_t>(found->second.shared_limit)) {
+        config->shared_bytes > static_cast<size_t>(found->second.shared_limit)) {
         return kInvalidValue;
     }
-    const unsigned blocks[] = {grid.x, grid.y, grid.z};
-    launched(found->second.name.c_str(), blocks, block.x * block.y * block.z, arguments[0], shared_bytes);
+    if (config->attribute_count == 1 && config->attributes[0] == kProgrammaticStreamSerialization) {
+        ++overlapping;
+    } else if (config->attribute_count != 0) {
+        return kInvalidValue;
+    }
+    const unsigned blocks[] = {config->grid.x, config->grid.y, config->grid.z};
+    const unsigned threads = config->block.x * config->block.y * config->block.z;
+    launched(found->second.name.c_str(), blocks, threads, arguments[0], config->shared_bytes);
     return kSuccess;
 }
 const char* cudaGetErrorName(int) { return "emulated"; }

@@ -71,7 +71,21 @@ def _nothing(block: Block, lanes: Array) -> None:
     pass
 
 
-@translates("setmaxnreg", "membar", "griddepcontrol")
+@translates("griddepcontrol")
+def _launches(block: Block, given: Instruction) -> Operation:
+    """Programmatic dependent launch: wait for the launch ahead, and let the next one begin."""
+
+    def wait(block: Block, lanes: Array) -> None:
+        block.waited[lanes] = True
+
+    def launch_dependents(block: Block, lanes: Array) -> None:
+        if not block.waited[lanes].all():
+            raise Fault("lets the next launch begin before it has waited itself: that one waits for this one alone")
+
+    return wait if "wait" in given.parts else launch_dependents
+
+
+@translates("setmaxnreg", "membar")
 def _hint(block: Block, given: Instruction) -> Operation:
     return _nothing
 

@@ -90,6 +90,20 @@ def test_several_row_tiles_a_block(extension: EmulatedExtension, embed: int, hid
     check(extension, draw(embed, hidden, act="relu"), 530, "wgmma", Gpu(90, 2, H100.shared_limit), timing)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_overlapping_launches(extension: EmulatedExtension, kernel: str) -> None:
+    """Each launch is asked to begin early, and then only reads weights before the one ahead has ended."""
+    extension.be(Gpu(90, 3, H100.shared_limit))
+    mlp = extension.pack(rounded(draw(37, 210), torch.bfloat16), stand_in_target(torch.bfloat16, overlaps=True))
+    x = torch.full((1, 9, 40), 3.0, dtype=torch.bfloat16)[..., :37]
+    plan = mlp._planned(x, kernel)
+    bound, _, held = mlp._bound(x, plan).args
+    before = extension.library.overlapping_launches()
+    extension.launch(bound, held)
+    launches = {"fused": 1, "wgmma": 1, "split": 2}.get(kernel, 2 + (plan.splits > 1))
+    assert extension.library.overlapping_launches() - before == launches
+
+
 def test_a_smaller_shape_bound_later(extension: EmulatedExtension) -> None:
     """What one launch takes of shared memory must not become the limit of all."""
     extension.be(ONE_SM)

@@ -99,6 +99,26 @@ def test_a_fault_is_named(body: str, fault: str) -> None:
         launch(body)
 
 
+WAITS, NEXT = "griddepcontrol.wait;", "griddepcontrol.launch_dependents;"
+LOAD, STORE = "ld.global.b32 %r5, [%rd4];", "st.global.b32 [%rd5], %r1;"
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    {
+        "a_load": (LOAD + WAITS, r"read before griddepcontrol\.wait"),
+        "a_copy": (COPY + WAITS + "cp.async.wait_group 0;", r"read before griddepcontrol\.wait"),
+        "a_store": (STORE + WAITS, r"written before griddepcontrol\.wait"),
+        "by_half_a_warp": ("setp.lt.u32 %p1, %r1, 16; @%p1 " + WAITS + STORE, r"written before griddepcontrol\.wait"),
+        "the_next_launch": (NEXT + WAITS, "lets the next launch begin before it has waited"),
+    }.values(),
+)
+def test_what_may_not_come_before_waiting_for_the_launch_ahead(body: str, fault: str) -> None:
+    with pytest.raises(Fault, match=fault):
+        launch(body)
+    launch(WAITS + body.replace(WAITS, ""))
+
+
 # one tile of 64 rows of 128 bytes, all ones in bf16, multiplied by itself: every product of 16 columns is 16
 ONES = "".join(f"st.shared.b32 [%r9 + {4 * i}], 0x3F803F80;" for i in range(32))
 FILL = "mul.lo.s32 %r9, %r1, 64; add.s32 %r9, %r9, %r3;" + ONES[: ONES.index("[%r9 + 64]") - len("st.shared.b32 ")]

@@ -43,6 +43,21 @@ def test_tiles_of_wgmma(op: str, timing: Timing, monkeypatch: pytest.MonkeyPatch
         check(case, target)
 
 
+@pytest.mark.parametrize("name", ON_SM_80)
+def test_overlapping_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that begins while the one ahead of it still runs touches no memory until that one has ended."""
+
+    def run(call: Call) -> None:
+        compiled = call.compile()
+        assert compiled.metadata.launch_pdl
+        assert "griddepcontrol.wait" in compiled.asm["ptx"]
+        run_triton(call, DeviceMemory(), ADVERSE)
+
+    monkeypatch.setattr(Call, "load", lambda call: partial(run, call))
+    with compiling_for(90, torch.bfloat16, overlaps=True) as target:
+        check(named(name), target)
+
+
 @pytest.mark.parametrize(
     ("capability", "name"), [*((90, name) for name in EVERY_CASE), *((80, name) for name in ON_SM_80)]
 )

@@ -55,7 +55,7 @@ def _load(block: Block, given: Instruction) -> Operation:
             elif here == "shared":
                 to(lanes, block.shared.read(at, dtype))
             elif here == "global":
-                to(lanes, block.memory.read(at, dtype))
+                to(lanes, block.device(lanes).read(at, dtype))
             else:
                 raise Fault(f"{here} memory is not known here")
 
@@ -73,7 +73,7 @@ def _store(block: Block, given: Instruction) -> Operation:
             if here == "shared":
                 block.shared.write(at, value(lanes), lanes)
             elif here == "global":
-                block.memory.write(at, value(lanes))
+                block.device(lanes).write(at, value(lanes))
             else:
                 raise Fault(f"stores to {here} memory are not known here")
 
@@ -117,15 +117,16 @@ def _copy(block: Block, given: Instruction) -> Operation:
         by, at, start, length = lanes.copy(), to(lanes), source(lanes), take(lanes)
         aligned(at, size)
         aligned(start[length > 0], size)
+        memory = block.device(lanes)
 
         def land(threads: Array) -> None:
             rows = np.searchsorted(by, threads)  # lanes are in order
             data, whole = np.zeros((len(rows), size), np.uint8), length[rows] == size
             if whole.any():
-                data[whole] = block.memory.read(start[rows[whole]], f"V{size}").view(np.uint8).reshape(-1, size)
+                data[whole] = memory.read(start[rows[whole]], f"V{size}").view(np.uint8).reshape(-1, size)
             for row in np.flatnonzero(~whole & (length[rows] > 0)):
                 some = np.arange(length[rows[row]], dtype=np.uint64)
-                data[row, : len(some)] = block.memory.read(start[rows[row]] + some, "u1")
+                data[row, : len(some)] = memory.read(start[rows[row]] + some, "u1")
             block.shared.replace(at[rows], data)
 
         if block.timing.late_copies:
@@ -161,14 +162,13 @@ def _bulk_copy(block: Block, given: Instruction) -> Operation:
     length = block.source(given.operands[2], "u32")
 
     def copy(block: Block, lanes: Array) -> None:
+        memory = block.device(lanes)
         for at, start, size, key in zip(to(lanes), source(lanes), length(lanes).tolist(), barrier(lanes).tolist()):
             if at % 16 or start % 16 or size % 16 or not size:
                 raise Fault(f"a bulk copy of {size} bytes from {start:#x} to {at:#x}: all are multiples of 16")
 
             def land(at: int = int(at), start: int = int(start), size: int = size, key: int = key) -> None:
-                block.shared.write_async(
-                    at, block.memory.read(np.uint64(start) + np.arange(size, dtype=np.uint64), "u1")
-                )
+                block.shared.write_async(at, memory.read(np.uint64(start) + np.arange(size, dtype=np.uint64), "u1"))
                 block.barriers[key].bytes -= size
                 block.barriers[key].settle()
 
