@@ -263,7 +263,6 @@ void plan_holds(const Plan& p, const Shape& s, const Device& d) {
                    at.barriers + p.slots * 16 <= at.turns && at.turns % 8 == 0 && at.bytes <= p.shared &&
                    contract_shared_bytes(p.nu) <= p.shared,
                "barriers lie past the ring", where);
-        expect(kContractRows * stage_pitch(p.nu) * 4 <= contract_barriers(p.nu), "the stage fits", where);
         expect(p.hidden_bytes == hidden_tile(s, row_tiles(s), 0) && row_tiles(s) * kTileRows >= s.rows,
                "room for the images of hidden activations", where);
         expect(p.expand_columns >= 1 && p.expand_columns <= ceil_div(s.chunks(), p.tile_chunks),
