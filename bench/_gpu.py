@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prunevit import shapes
-from prunevit.benchmark import Peer, run_interleaved, speedup
+from prunevit.benchmark import Peer, best_of, run_interleaved, speedup
 from prunevit_kernels._configs import MLP_KERNELS
 
 IMPLS: dict[str, tuple[str, ...]] = {
@@ -89,16 +89,13 @@ def rows_of(kind: str, works: list[Work], peers: list[Peer], peaks: dict[str, An
         costs = ours_peer.facts["costs"][i] if kind == "model" else [cost(kind, work)]
         floor = floor_ms(costs, peaks)
 
-        def median(peer: Peer) -> float:
-            return peer.quantile(0.5)
-
         # prunevit: as chosen; prunevit:split and so on: kernels of ours that were asked for, no peers
         same = [peer for name, peer in one.items() if not name.startswith(("prunevit", "dense "))]
         dense = [peer for name, peer in one.items() if name.startswith("dense ")]
-        best, best_dense = min(same, key=median, default=None), min(dense, key=median, default=None)
+        best, best_dense = best_of(same, ours), best_of(dense, ours)
         goal, floor_goal = goals(kind, work)
         for name, peer in one.items():
-            ms = median(peer)
+            ms = peer.quantile(0.5)
             row: dict[str, Any] = {
                 "op": kind,
                 "shape": work["name"] + (f".block{work['block']}" if "block" in work else ""),

@@ -27,7 +27,7 @@ from rich.console import Console
 from torch import Tensor
 
 from prunevit import shapes
-from prunevit.benchmark import Peer, run_interleaved, serve, timed
+from prunevit.benchmark import Peer, best_of, run_interleaved, serve, speedup, timed
 from prunevit_kernels import FusedMlp, NormLinear, Op, RaggedAttention, Target
 from prunevit_kernels.cpu import extension
 from prunevit_kernels.ragged_attention import ragged_attention
@@ -108,21 +108,23 @@ def measure(op: str, names: list[str], batches: list[int], threads: int, impls: 
     for i, work in enumerate(todo):
         flops, touched, _ = cost(op, work, itemsize=4)
         floor = max(flops / peak, touched / probe.facts["bandwidth"]) * 1e3
-        times = {peer.name: statistics.median(sample[i] for sample in peer.samples) for peer in measured}
-        best = min((ms for name, ms in times.items() if name != "prunevit"), default=None)
-        for name, ms in times.items():
+        one = {peer.name: Peer(peer.name, peer.job, samples=[[s[i]] for s in peer.samples]) for peer in measured}
+        ours = one.pop("prunevit", None)
+        best = None if ours is None else best_of(one.values(), ours)
+        for peer in [*([] if ours is None else [ours]), *one.values()]:
+            ms = peer.quantile(0.5)
             rows.append(
                 {
                     "op": op,
                     "shape": f"{work['name']}.block{work['block']}",
                     "batch": work["batch"],
                     "threads": threads,
-                    "impl": name,
+                    "impl": peer.name,
                     "us": round(ms * 1e3, 1),
                     "gflops": round(flops / ms / 1e6, 1),
                     "fraction_of_peak": round(flops / ms * 1e3 / peak, 3),
                     "fraction_of_floor": round(floor / ms, 3),
-                    "ratio_to_best_peer": round(best / ms, 2) if best and name == "prunevit" else None,
+                    "ratio_to_best_peer": None if best is None or peer is not ours else round(speedup(peer, best), 2),
                     "fma_peak_gflops": round(peak / 1e9, 1),
                     "bandwidth_gb_s": round(probe.facts["bandwidth"] / 1e9, 1),
                 }

@@ -4,10 +4,11 @@
     python bench/model.py --device cuda --shapes snp_deit_small --batch 1,64,256
     python bench/model.py --roofline --shapes snp_deit_tiny --batch 8
 
-Rows: shape, batch, threads, impl, ms_p50, ms_p20, ms_p80, img_per_s, gflops, fraction_of_peak, ratio_to_best_peer; and
-for each shape ``pruned_over_dense`` beside the MACs ratio. ``gflops`` counts the multiply-accumulates that an
-implementation runs: prunevit leaves out the last block's rows that no one reads, the peers do not. ``_gpu.py`` has what
-is compared on a GPU; ``--roofline`` shows where the time goes, step by step, on either.
+Rows: shape, batch, threads, impl, ms_p50, ms_p20, ms_p80, img_per_s, gflops, fraction_of_peak, ratio_to_best_peer,
+prunevit_over_it; and for each shape ``pruned_over_dense`` beside the MACs ratio. Ratios are medians over rounds, the
+best peer is the one that prunevit is ahead of by least. ``gflops`` counts the multiply-accumulates that an
+implementation runs: prunevit leaves out the last block's rows that no one reads, the peers do not. ``_gpu.py`` has
+what is compared on a GPU; ``--roofline`` shows where the time goes, step by step, on either.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whole models against what else runs them on this machine, interleaved, each in a process of its own."""
 
 from .compare import Comparison, compare
-from .interleaved import Peer, PeerFailed, run_interleaved, serve, speedup, timed
+from .interleaved import Peer, PeerFailed, best_of, run_interleaved, serve, speedup, timed
 from .peers import MODEL_PEERS, missing
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Comparison",
     "Peer",
     "PeerFailed",
+    "best_of",
     "compare",
     "missing",
     "run_interleaved",

@@ -19,7 +19,7 @@ from prunevit_kernels.target import cpu_extension_built
 from ..errors import InputError, expect
 from ..interop.onnx import export_onnx
 from ..models.registry import WEIGHTS
-from .interleaved import Peer, run_interleaved, speedup
+from .interleaved import Peer, best_of, run_interleaved, speedup
 from .peers import MODEL_PEERS, build_model, missing, spec_of
 
 Job = dict[str, Any]
@@ -38,15 +38,6 @@ class Comparison:
     threads: int
 
     @property
-    def best(self) -> Peer:
-        """The fastest peer on the same model."""
-        return min(self.pruned, key=lambda peer: peer.quantile(0.5))
-
-    @property
-    def best_dense(self) -> Peer | None:
-        return min(self.denses, key=lambda peer: peer.quantile(0.5), default=None)
-
-    @property
     def macs_ratio(self) -> float | None:
         """How many times fewer multiply-accumulates the pruned model has than the dense one."""
         if not self.denses:
@@ -60,11 +51,12 @@ class Comparison:
     def rows(self) -> list[dict[str, Any]]:
         """A row a peer. ``gflops`` counts what it runs: prunevit leaves out the last block's rows that no one reads."""
         rows = []
-        best_dense = self.best_dense
+        best, best_dense = best_of(self.pruned, self.ours), best_of(self.denses, self.ours)
+        assert best is not None  # there is at least one peer
         for peer in [self.ours, *self.pruned, *self.denses]:
             dense = peer in self.denses
             macs = peer.facts.get("executed_macs", spec_of(peer.job).macs()) * self.batch
-            ms, other = peer.quantile(0.5), best_dense if dense and best_dense is not None else self.best
+            ms, other = peer.quantile(0.5), best_dense if dense and best_dense is not None else best
             row: dict[str, Any] = {
                 "impl": peer.name,
                 "dense": dense,
@@ -77,9 +69,10 @@ class Comparison:
                 "gflops": 2e-6 * macs / ms,
                 "fraction_of_peak": self._share_of_peak(peer, macs),
                 "ratio_to_best_peer": speedup(peer, other),
+                "prunevit_over_it": speedup(self.ours, peer),
             }
             if peer is self.ours:
-                row |= {"best_peer": self.best.name, "fma_peak_gflops": self.peak_gflops()}
+                row |= {"best_peer": best.name, "fma_peak_gflops": self.peak_gflops()}
                 if best_dense is not None:
                     row |= {
                         "best_dense_peer": best_dense.name,

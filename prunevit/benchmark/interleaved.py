@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -198,3 +198,8 @@ def speedup(ours: Peer, other: Peer) -> float:
     """How many times faster ``ours`` is: the median over rounds of the ratio of that round's medians."""
     ratios = [statistics.median(b) / statistics.median(a) for a, b in zip(ours.samples, other.samples, strict=True)]
     return statistics.median(ratios)
+
+
+def best_of(others: Iterable[Peer], ours: Peer) -> Peer | None:
+    """The one that ``ours`` is ahead of by least, in the rounds that they share."""
+    return min(others, key=partial(speedup, ours), default=None)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prunevit import checkpoint
-from prunevit.benchmark import Peer, PeerFailed, compare, run_interleaved
+from prunevit.benchmark import Peer, PeerFailed, best_of, compare, run_interleaved
 from prunevit.benchmark.compare import onnx_file
 from prunevit.benchmark.peers import build_model, spec_of
 from prunevit.errors import InputError
@@ -34,7 +34,19 @@ def test_times_a_checkpoint_against_its_dense_original(job: dict[str, str]) -> N
     assert (eager["dense"], original["dense"]) == (False, True)
     assert ours["img_per_s"] == pytest.approx(2e3 / ours["ms_p50"], rel=1e-3)
     assert ours["ms_p20"] <= ours["ms_p50"] <= ours["ms_p80"]
+    assert ours["prunevit_over_it"] == 1
+    assert eager["prunevit_over_it"] == ours["ratio_to_best_peer"]
     assert "round 2 of 2" in seen
+
+
+def test_the_best_peer_is_found_within_rounds() -> None:
+    """The machine slows down after two rounds, and a slow peer was lucky once: by its median it would be the best."""
+    ours = Peer("prunevit", {}, samples=[[1.0], [1.0], [10.0], [10.0], [10.0]])
+    steady = Peer("openvino", {}, samples=[[1.3], [1.3], [13.0], [13.0], [13.0]])
+    lucky = Peer("eager", {}, samples=[[2.0], [2.0], [12.0], [20.0], [20.0]])
+    assert lucky.quantile(0.5) < steady.quantile(0.5)
+    assert best_of([lucky, steady], ours) is steady
+    assert best_of([], ours) is None
 
 
 def test_every_peer_gets_the_same_weights(job: dict[str, str]) -> None:
