@@ -91,6 +91,9 @@ class CudaMlp:
     def __init__(self, extension: ModuleType, op: FusedMlp, target: Target) -> None:
         self.extension, self.op, self.target = extension, op, target
         self.weights = PackedWeights(op, target.device, target.dtype)
+        if target.overlaps and target.device.type == "cuda":
+            # kernels fetch weights before they wait for the launch ahead: that may not be the one that packs them
+            torch.cuda.current_stream(target.device).synchronize()
 
     @cached_property
     def triton(self) -> Any:

@@ -15,6 +15,7 @@ from prunevit_kernels import ContractError, FusedMlp, tune
 from prunevit_kernels._aot import stand_in_target
 from prunevit_kernels._configs import CUDA_MLP_KERNELS, MLP_KERNELS
 from prunevit_kernels._launch import TritonOp
+from prunevit_kernels.fused_mlp import _cuda
 from prunevit_kernels.fused_mlp._cuda import KERNEL_VARIABLE, CudaMlp
 from prunevit_kernels.target import Target
 from prunevit_kernels.tuning import Tuning
@@ -100,6 +101,21 @@ def test_a_measured_kernel_that_this_build_lacks_is_named(x: torch.Tensor) -> No
 
 def test_candidates_are_the_kernels_that_take_the_shape(x: torch.Tensor) -> None:
     assert packed(takes=("fused", "wgmma_gemms")).candidates(x) == ["fused", "wgmma_gemms", "triton"]
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_weights_are_there_before_a_kernel_may_fetch_them_early(
+    overlaps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch that overlaps the one ahead of it reads weights at once: packing has to be over."""
+    done: list[str] = []
+    stream = SimpleNamespace(synchronize=lambda: done.append("synchronised"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(_cuda, "PackedWeights", lambda *_: done.append("packed"))
+    target = stand_in_target(torch.bfloat16, overlaps)
+    object.__setattr__(target, "device", torch.device("cuda", 0))
+    CudaMlp(extension(), draw(37, 70), target)
+    assert done == (["packed", "synchronised"] if overlaps else ["packed"])
 
 
 @pytest.mark.parametrize("name", MLP_KERNELS)
