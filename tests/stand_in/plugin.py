@@ -1,4 +1,4 @@
-"""``-p tests.stand_in.plugin``: what pytest checks after each test on the stand-in."""
+"""``-p tests.stand_in.plugin``: what pytest does differently on the stand-in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import pytest
 import torch
 
 from .start import GPU
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """The time that a test has on a GPU is too short here, unless another was asked for."""
+    if config.option.timeout is None:
+        config.option.timeout = 1800
 
 
 @pytest.fixture(autouse=True)
