@@ -1,5 +1,7 @@
 // The inner loop of every product: M rows by V vectors of accumulators.
 #pragma once
+#include <type_traits>
+
 #include "simd.h"
 
 namespace prunevit {
@@ -59,6 +61,18 @@ INLINE void accumulate(Tile<M, V>& acc, const float* a, int64_t lda, const float
         ahead.at += ahead.stride;
         step(acc, p);
     }
+}
+
+// of(m, vectors), with both as constants: from 1 row to rows_of[vectors], from 1 vector to Most.
+template <int Most, int V = 1, int M = 1, class Of>
+INLINE auto instance(int m, int vectors, const Of& of) {
+    if constexpr (V < Most) {
+        if (vectors != V) return instance<Most, V + 1>(m, vectors, of);
+    }
+    if constexpr (M < rows_of[V]) {
+        if (m != M) return instance<V, V, M + 1>(m, V, of);
+    }
+    return of(std::integral_constant<int, M>(), std::integral_constant<int, V>());
 }
 
 // Equal tiles: rows [tile_start(i), tile_start(i + 1)) of `rows` cut into tiles of at most `most`.

@@ -58,29 +58,12 @@ void values_tile(const float* v, int v_dim, int keys, const float* p, float* o, 
 using KeysFunction = void (*)(const float*, int, const float*, float*, float*);
 using ValuesFunction = void (*)(const float*, int, int, const float*, float*, bool, Ahead);
 
-// The instance of `function` for m rows of V vectors.
-#define INSTANCES(name, type, function) \
-    template <int V> \
-    type name(int m) { \
-        static constexpr type all[] = {function<1, V>,           function<AT_MOST(2), V>,  function<AT_MOST(3), V>, \
-                                       function<AT_MOST(4), V>,  function<AT_MOST(5), V>,  function<AT_MOST(6), V>, \
-                                       function<AT_MOST(7), V>,  function<AT_MOST(8), V>,  function<AT_MOST(9), V>, \
-                                       function<AT_MOST(10), V>, function<AT_MOST(11), V>, function<AT_MOST(12), V>, \
-                                       function<AT_MOST(13), V>, function<AT_MOST(14), V>}; \
-        return all[m - 1]; \
-    }
-#define AT_MOST(M) (M <= rows_of[V] ? M : 1)
-INSTANCES(scores_of, KeysFunction, scores_tile)
-INSTANCES(weights_of, KeysFunction, weights_tile)
-INSTANCES(values_of, ValuesFunction, values_tile)
-
-template <class Of1, class Of2, class Of3>
-INLINE void by_keys(Of1 of1, Of2 of2, Of3 of3, const float* k, int qk, int keys, const float* q, int vectors, float* s,
-                    float* top) {
+template <class Of>
+INLINE void by_keys(const Of& of, const float* k, int qk, int keys, const float* q, int vectors, float* s, float* top) {
     const int tiles = tile_count(keys, rows_of[vectors]);
     for (int i = 0; i < tiles; ++i) {
         const int first = tile_start(keys, tiles, i), m = tile_start(keys, tiles, i + 1) - first;
-        const KeysFunction function = vectors == 1 ? of1(m) : vectors == 2 ? of2(m) : of3(m);
+        const KeysFunction function = instance<3>(m, vectors, of);
         function(k + (int64_t)first * qk, qk, q, s + first * vectors * lanes, top);
     }
 }
@@ -130,11 +113,13 @@ void transpose_out(const float* from, int vectors, int count, int width, const f
 }
 
 void weights(const float* k, int qk, int keys, const float* q, int vectors, float* p, float* total) {
-    by_keys(weights_of<1>, weights_of<2>, weights_of<3>, k, qk, keys, q, vectors, p, total);
+    const auto of = [](auto m, auto wide) -> KeysFunction { return weights_tile<m.value, wide.value>; };
+    by_keys(of, k, qk, keys, q, vectors, p, total);
 }
 
 void scores(const float* k, int qk, int keys, const float* q, int vectors, float* s, float* most) {
-    by_keys(scores_of<1>, scores_of<2>, scores_of<3>, k, qk, keys, q, vectors, s, most);
+    const auto of = [](auto m, auto wide) -> KeysFunction { return scores_tile<m.value, wide.value>; };
+    by_keys(of, k, qk, keys, q, vectors, s, most);
 }
 
 void exponentials(float* s, int keys, int vectors, const float* most, float* total) {
@@ -151,12 +136,11 @@ void exponentials(float* s, int keys, int vectors, const float* most, float* tot
 }
 
 void values(const float* v, int v_dim, int keys, const float* p, int vectors, float* o, bool add, Fetch& fetch) {
+    const auto of = [](auto m, auto wide) -> ValuesFunction { return values_tile<m.value, wide.value>; };
     const int tiles = tile_count(v_dim, rows_of[vectors]);
     for (int i = 0; i < tiles; ++i) {
         const int first = tile_start(v_dim, tiles, i), m = tile_start(v_dim, tiles, i + 1) - first;
-        const ValuesFunction function = vectors == 1   ? values_of<1>(m)
-                                        : vectors == 2 ? values_of<2>(m)
-                                                       : values_of<3>(m);
+        const ValuesFunction function = instance<3>(m, vectors, of);
         function(v + first, v_dim, keys, p, o + first * vectors * lanes, add, next_line(fetch, v));
     }
 }

@@ -50,14 +50,6 @@ void tile(const float* a, int64_t lda, const float* b, int k, Ahead ahead, const
 
 using TileFunction = void (*)(const float*, int64_t, const float*, int, Ahead, const Dest&);
 
-template <int V, int M = 1>
-TileFunction tile_of(int m) {
-    if constexpr (M < rows_of[V]) {
-        if (m != M) return tile_of<V, M + 1>(m);
-    }
-    return tile<M, V>;
-}
-
 // Add gamma times `from` (rows x widest, panel p's results with bias) to the channels that the linear writes.
 void scatter_panel(const Linear& l, int p, const float* from, int64_t pitch, int rows, float* c, int64_t ldc) {
     const int column = panel_column(l, p);
@@ -72,13 +64,11 @@ void multiply_panel(const float* a, int64_t lda, int rows, const float* b, int v
                     const Dest& dest) {
     const int tiles = tile_count(rows, rows_of[vectors]),
               lines = (vectors * lanes + 15) / 16;  // 16 floats a cache line
+    const auto of = [](auto m, auto wide) -> TileFunction { return tile<m.value, wide.value>; };
     Dest d = dest;
     for (int i = 0; i < tiles; ++i) {
         const int first = tile_start(rows, tiles, i), m = tile_start(rows, tiles, i + 1) - first;
-        const TileFunction function = vectors == 1   ? tile_of<1>(m)
-                                      : vectors == 2 ? tile_of<2>(m)
-                                      : vectors == 3 ? tile_of<3>(m)
-                                                     : tile_of<max_vectors>(m);
+        const TileFunction function = instance<max_vectors>(m, vectors, of);
         d.c = dest.c + first * dest.ldc;
         if (dest.part != nullptr) d.part = dest.part + first * dest.ldpart;
         // The first tiles share in fetching the next panel, the others fetch what the next panel's results go to, a
