@@ -83,7 +83,7 @@ def rows_of(kind: str, works: list[Work], peers: list[Peer], peaks: dict[str, An
     rows = []
     for i, work in enumerate(works):
         able = [peer for peer in peers if peer.samples[0][i] is not None]  # not every kernel of ours takes every shape
-        one = {peer.name: Peer(peer.name, peer.job, samples=[[s[i]] for s in peer.samples]) for peer in able}
+        one = {peer.name: peer.only(i) for peer in able}
         ours = one["prunevit"]
         (ours_peer,) = (peer for peer in peers if peer.name == "prunevit")
         costs = ours_peer.facts["costs"][i] if kind == "model" else [cost(kind, work)]

@@ -108,7 +108,7 @@ def measure(op: str, names: list[str], batches: list[int], threads: int, impls: 
     for i, work in enumerate(todo):
         flops, touched, _ = cost(op, work, itemsize=4)
         floor = max(flops / peak, touched / probe.facts["bandwidth"]) * 1e3
-        one = {peer.name: Peer(peer.name, peer.job, samples=[[s[i]] for s in peer.samples]) for peer in measured}
+        one = {peer.name: peer.only(i) for peer in measured}
         ours = one.pop("prunevit", None)
         best = None if ours is None else best_of(one.values(), ours)
         for peer in [*([] if ours is None else [ours]), *one.values()]:

@@ -111,6 +111,10 @@ class Peer:
         words = f"no answer within {within:.0f} s" if late.is_set() else _last_words(self.words.read())
         raise PeerFailed(f"{self.name}: {words}")
 
+    def only(self, i: int) -> Peer:
+        """The same with the ``i``-th time of each turn alone, where a turn times several works."""
+        return Peer(self.name, self.job, samples=[[sample[i]] for sample in self.samples])
+
     @property
     def times(self) -> list[float]:
         """All samples, sorted."""

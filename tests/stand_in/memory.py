@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.kernels.ptx.memory import Allocation, Array, DeviceMemory, Fault
+from tests.kernels.ptx.memory import Allocation, Array, Constants, DeviceMemory, Fault
 
 READ, WRITTEN = 1, 2
 
@@ -110,7 +110,7 @@ class Memory(DeviceMemory):
             self.known.popitem(last=False)
 
 
-class BeforeWaiting(DeviceMemory):
+class BeforeWaiting(Constants):
     """What a launch sees that does not wait for the one ahead of it yet: it may not read what that one writes."""
 
     def __init__(self, memory: Memory) -> None:
@@ -124,6 +124,3 @@ class BeforeWaiting(DeviceMemory):
             if np.isin(offsets, effect.written).any():
                 raise Fault("the launch ahead writes what is read before griddepcontrol.wait")
         return self.memory.read(addresses, kind)
-
-    def write(self, addresses: Array, values: Array) -> None:
-        raise Fault(f"{int(addresses.min()):#x} is written before griddepcontrol.wait")

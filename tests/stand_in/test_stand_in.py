@@ -3,16 +3,21 @@ all of them as they are, on a GPU that the PTX machine stands in for."""
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import setup_cuda
+from tests.kernels.ptx.memory import Fault
 
 from .build import environment
+from .memory import Memory
 
 pytestmark = pytest.mark.timeout(1200)  # several tests in one, the first of them compile
 
@@ -69,6 +74,33 @@ def test_kernels() -> None:
         "-k",
         "any_number and bf16 and (1- or 33-) or not_a_number and fp16",
     )
+
+
+class OneAllocation:
+    """The stand-in's library, as far as its memory asks it."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self.base, self.size = data.ctypes.data, data.nbytes
+
+    def stand_in_allocation(self, address: ctypes.c_size_t, base: Any, size: Any) -> bool:
+        base._obj.value, size._obj.value = self.base, self.size
+        return self.base <= address.value < self.base + self.size
+
+
+def test_what_the_launch_ahead_writes_may_not_be_read_early() -> None:
+    data = np.zeros(64, np.uint8)
+    memory = Memory(OneAllocation(data))  # type: ignore[arg-type]
+    first, second = (data.ctypes.data + np.array([at], np.uint64) for at in (0, 32))
+    memory.launch("writes", lambda: memory.write(first, np.array([7], np.uint32)))
+    for _ in range(2):  # as it ran, and as it is replayed
+        assert memory.before_waiting().read(second, "u4") == 0
+        with pytest.raises(Fault, match=r"the launch ahead writes what is read before griddepcontrol\.wait"):
+            memory.before_waiting().read(first, "u4")
+        with pytest.raises(Fault, match=r"is written before griddepcontrol\.wait"):
+            memory.before_waiting().write(second, np.array([1], np.uint32))
+        memory.launch("writes", lambda: pytest.fail("it has run before"))
+    memory.launch("reads", lambda: memory.read(first, "u4"))
+    assert memory.before_waiting().read(first, "u4") == 7
 
 
 def test_a_fault_of_the_gpu_is_an_error(tmp_path: Path) -> None:

@@ -94,9 +94,8 @@ class Block:
         self.random = None if self.timing.order is None else np.random.default_rng(self.timing.order)
         self.operations: list[Operation | None] = [None] * len(self.kernel.code)
         self.stops = set(self.kernel.labels.values())
-        overlaps = any(each.parts == ("griddepcontrol", "wait") for each in self.kernel.code)
-        self.waited = np.full(count, not overlaps)
-        self.constants = self.memory.before_waiting() if overlaps else self.memory
+        self.waited = np.full(count, not self.kernel.overlaps)
+        self.constants = self.memory.before_waiting() if self.kernel.overlaps else self.memory
 
     def _place_variables(self) -> tuple[dict[str, int], int]:
         """Shared variables one after another, dynamic memory last; parameters by their offsets."""

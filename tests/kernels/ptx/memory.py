@@ -88,6 +88,8 @@ class DeviceMemory:
 
 
 class Constants(DeviceMemory):
+    """What may be read before griddepcontrol.wait; nothing may be written."""
+
     def at(self, address: int) -> Allocation:
         try:
             return super().at(address)

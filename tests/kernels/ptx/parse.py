@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 
 SIZES = {"8": 1, "16": 2, "32": 4, "64": 8, "128": 16, "f16x2": 4, "pred": 1}
 
@@ -43,6 +44,11 @@ class Kernel:
     tables: dict[str, list[str]] = field(default_factory=dict)
     variables: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     """Name to state space, alignment and bytes; a size of 0 is dynamic shared memory."""
+
+    @cached_property
+    def overlaps(self) -> bool:
+        """Whether it waits for the launch ahead of it, and so may begin before that one has ended."""
+        return any(each.parts == ("griddepcontrol", "wait") for each in self.code)
 
     @property
     def param_bytes(self) -> int:
