@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION: Literal[1] = 1
 MAX_PARAMS = 2**33  # 32 GiB of fp32: an order above the largest ViT published with weights
+MAX_HEAD_DIM = 128  # what kernels take: a model that could never run is refused where it is read, not at its first call
 
 Act = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
 Rule = Literal["max_attention", "class_attention"]
 GlobalPool = Literal["", "avg", "avgmax", "max", "token", "map"]
-HeadDim = Annotated[int, Field(ge=1, le=1024)]
+HeadDim = Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)]
 Channel = Annotated[int, Field(ge=0, lt=2**16)]
 Channels = Annotated[tuple[Channel, ...], Field(min_length=1, max_length=2**16)]
 Size = tuple[Annotated[int, Field(ge=1, le=2**14)], Annotated[int, Field(ge=1, le=2**14)]]

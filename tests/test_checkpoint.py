@@ -413,6 +413,10 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "later_format": (_spec(format_version=2), r"format_version: written by a later prunevit"),
     "spec_with_an_unknown_field": (_spec(code="import os"), r"code: Extra inputs"),
     "spec_of_absurd_width": (_spec(embed_dim=2**40), "embed_dim"),
+    "spec_of_a_head_that_no_kernel_takes": (
+        _config(lambda c: c["model_args"]["spec"]["blocks"][0].update(qk_dims=[129])),
+        r"config\.json: model_args\.spec: .*blocks\.0\.qk_dims\.0: .* 128, got 129",
+    ),
     "spec_larger_than_its_file": (
         _config(lambda c: c["model_args"]["spec"]["blocks"][0].update(mlp_dim=2**18)),
         r"model\.safetensors: expected at least \d+ bytes for \d+ parameters",

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from prunevit import shapes
 from prunevit.errors import SpecError
 from prunevit.schema import schema
-from prunevit.spec import FORMAT_VERSION, MAX_PARAMS, BlockSpec, ViTSpec
+from prunevit.spec import FORMAT_VERSION, MAX_HEAD_DIM, MAX_PARAMS, BlockSpec, ViTSpec
+from prunevit_kernels import MAX_HEAD_DIM as WIDEST_THAT_RUNS
 from tests.specs import SPECS
 
 SCHEMA = Path(__file__).parent.parent / "docs" / "vit-spec.schema.json"
@@ -74,6 +75,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     ),
     "head_width_zero": ("blocks.0.qk_dims", [3, 0], r"blocks\.0\.qk_dims\.1"),
     "head_width_absurd": ("blocks.0.v_dims", [4, 2048], r"blocks\.0\.v_dims\.1"),
+    "head_wider_than_kernels": ("blocks.0.qk_dims", [3, 129], r"blocks\.0\.qk_dims\.1: .* 128, got 129"),
     "heads_absurd": ("blocks.0.qk_dims", [1] * 257, r"blocks\.0\.qk_dims.*256"),
     "heads_uneven": ("blocks.0.v_dims", [4], r"blocks\.0: v_dims: expected one width for each of 2 heads, got 1"),
     "scale_zero": ("blocks.0.attn_scale", 0, r"blocks\.0\.attn_scale"),
@@ -142,6 +144,12 @@ def test_refused_by_field(case: str) -> None:
     data = changed(path, value) if path else small() | value
     with pytest.raises(SpecError, match=message):
         ViTSpec.from_dict(data)
+
+
+def test_heads_are_as_wide_as_kernels_take_them() -> None:
+    """A wider one would be refused by the first call, long after it was read."""
+    assert MAX_HEAD_DIM == WIDEST_THAT_RUNS
+    assert ViTSpec.from_dict(changed("blocks.0.qk_dims", [WIDEST_THAT_RUNS, 2])).blocks[0].qk_dims[0] == 128
 
 
 def test_the_small_spec_is_valid() -> None:

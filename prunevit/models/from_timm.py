@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..errors import CheckpointError, UnsupportedModel
-from ..spec import AttnPoolSpec, BlockSpec, ViTSpec
+from ..spec import MAX_HEAD_DIM, AttnPoolSpec, BlockSpec, ViTSpec
 from .block import act_of
 from .parts import (
     DROPOUT,
@@ -144,6 +144,9 @@ def _block_of(block: nn.Module, where: str, norms: _Norms) -> BlockSpec:
     _refuse(first_refusal([Part(f"{where}.attn", attn, (Attention,)), Part(f"{where}.mlp", b.mlp, MLP)]))
     if getattr(attn, "gate", None) is not None:
         raise UnsupportedModel(f"{where}.attn.gate is {type(attn.gate).__name__}: expected none")
+    if attn.head_dim > MAX_HEAD_DIM:
+        what = f"expected at most {MAX_HEAD_DIM}, the widest head that kernels take"
+        raise UnsupportedModel(f"{where}.attn.head_dim is {attn.head_dim}: {what}")
     halves = (*half_parts(b, "1", f"{where}."), *half_parts(b, "2", f"{where}."))
     _refuse(first_refusal([*attention_parts(attn, f"{where}.attn."), *mlp_parts(b.mlp, f"{where}.mlp."), *halves]))
     for name in ("norm1", "norm2"):

@@ -209,6 +209,8 @@ def altered(change: str) -> nn.Module:
         block.mlp.fc2 = nn.Linear(block.mlp.fc2.in_features, width, bias=False)
     elif change == "attention_gate":
         block.attn.gate = nn.Linear(width, width)
+    elif change == "wide_heads":
+        model = tiny("vit_tiny_patch16_224", embed_dim=320, num_heads=2)
     elif change == "query_norm":
         block.attn.q_norm = LayerNorm(block.attn.head_dim)
     elif change == "mlp_norm":
@@ -263,6 +265,7 @@ ATTRIBUTES = {
     "one_scale_missing": r"blocks\.1\.ls2",
     "one_bias_missing": r"blocks\.1\.mlp\.fc2",
     "attention_gate": r"blocks\.1\.attn\.gate is Linear",
+    "wide_heads": r"blocks\.0\.attn\.head_dim is 160: expected at most 128",
     "query_norm": r"blocks\.1\.attn\.q_norm is LayerNorm",
     "mlp_norm": r"blocks\.1\.mlp\.norm is LayerNorm",
     "another_head": r"head is Sequential",
