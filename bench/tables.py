@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 def model_cpu(record: dict[str, Any]) -> str:
     """One row a shape and batch: prunevit beside the best peer and beside the dense original."""
-    env = record["environment"]
+    env, rows = record["environment"], [row for row in record["rows"] if row["impl"] == "prunevit"]
     lines = [
         "| pruned model | batch | prunevit | best peer | faster than it | share of FMA peak "
         "| faster than dense in its best peer | MACs ratio |",
@@ -21,15 +21,17 @@ def model_cpu(record: dict[str, Any]) -> str:
         f"| {row['shape']} | {row['batch']} | {row['ms_p50']:.1f} ms | {row['best_peer']} "
         f"| {row['ratio_to_best_peer']:.2f} × | {row['fraction_of_peak']:.0%} "
         f"| {row['pruned_over_dense']:.2f} × | {row['macs_ratio']:.2f} × |"
-        for row in record["rows"]
-        if row["impl"] == "prunevit"
+        for row in rows
     ]
+    peaks = [row["fma_peak_gflops"] for row in rows]
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
     lines += [
         "",
         f"fp32, {env['threads']} threads of an {env['cpu']}; {versions}; commit {env['commit']}. Peers: eager, "
         "torch.compile with freezing, ONNX Runtime, OpenVINO, on the same pruned model, each in its own process, "
-        f"interleaved; ratios are medians over rounds. `{env['command']}`.",
+        "interleaved. Ratios are medians over rounds, and the best peer is the one that prunevit is ahead of by least "
+        "in them, which need not be the one with the lowest median time. The FMA peak is measured in the same rounds: "
+        f"{min(peaks):.0f} to {max(peaks):.0f} GFLOP/s, from row to row. `{env['command']}`.",
     ]
     return "\n".join(lines)
 
