@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from prunevit_kernels import BACKENDS, BackendName, ContractError, Target
+from prunevit_kernels import BACKENDS, BackendName, ContractError, MissingExtension, Target
 from prunevit_kernels.cpu import extension
 from prunevit_kernels.target import BUILD_COMMAND, HALF, cpu_extension_built
 
@@ -18,6 +18,8 @@ from ..errors import CheckpointError, InputError, UntunedMachine, expect
 from ..machine import cores
 
 logger = logging.getLogger("prunevit")
+
+BUILD = f"`{BUILD_COMMAND}` in a source checkout, or reinstall prunevit where there is a C++ compiler"
 
 
 def choose_target(
@@ -29,7 +31,7 @@ def choose_target(
     """What a runtime was asked for, with the rest filled in: a GPU where there is one, else the CPU's own kernels.
 
     ``auto`` takes ``torch`` only for a device or dtype that no kernel serves, or, with a warning that has the command
-    that builds it, where the native extension is missing.
+    that builds it, where the native extension is missing. Raises :class:`InputError` for what cannot be had here.
     """
     expect(backend in ("auto", *BACKENDS), InputError, f"a backend among auto, {', '.join(BACKENDS)}", got=backend)
     expect(threads is None or threads >= 1, InputError, "at least one thread", got=threads)
@@ -43,7 +45,10 @@ def choose_target(
     chosen = _automatic(device, dtype) if backend == "auto" else backend
     if dtype is None:
         dtype = torch.bfloat16 if chosen == "cuda" else torch.float32
-    native = extension() if chosen == "cpu" else None
+    try:
+        native = extension() if chosen == "cpu" else None
+    except MissingExtension:
+        raise InputError(f"expected the C++ kernels for backend cpu, got none built: build them with {BUILD}") from None
     try:
         target = Target(chosen, device, dtype, cores() if threads is None else threads)
         if native is not None:
@@ -92,8 +97,7 @@ def _automatic(device: torch.device, dtype: torch.dtype | None) -> BackendName:
     if cpu_extension_built():
         return "cpu"
     warnings.warn(
-        f"the C++ kernels are not built: running on the reference ops, several times slower. Build them with "
-        f"`{BUILD_COMMAND}` in a source checkout, or reinstall prunevit where there is a C++ compiler.",
+        f"the C++ kernels are not built: running on the reference ops, several times slower. Build them with {BUILD}.",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -268,6 +269,27 @@ def test_a_named_error_is_one_message_and_exit_code_1(
     error = answer.json["error"]
     assert re.search(message, error["message"])
     assert error["type"] in {"CheckpointError", "DataError", "InputError", "PruningError", "UnsupportedModel"}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("explain", "{}", "--rounds", "1"),
+        ("eval", "{}", *DIGITS),
+        ("run", "{}", "{}/one.png"),
+        ("prune", "{}", "--method", "magnitude", "--memory", "50%", "--on", "cpu", "--out", "{out}"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_the_cpu_backend_without_its_extension_is_a_named_error(
+    call: Call, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    Image.new("L", (8, 8)).save(model / "one.png")
+    monkeypatch.setitem(sys.modules, "prunevit_kernels._cpu", None)
+    filled = [a.replace("{}", str(model)).replace("{out}", str(tmp_path / "out")) for a in arguments]
+    refused(call(*filled, "--backend", "cpu", "--json"), r"setup\.py build_ext --inplace")
     assert not (tmp_path / "out").exists()
 
 

@@ -268,6 +268,12 @@ def test_a_missing_extension_is_a_warning_with_the_command_that_builds_it(monkey
     assert runtime.backend == "torch"
 
 
+def test_a_missing_extension_that_was_asked_for_is_an_error_with_that_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prunevit_kernels._cpu", None)
+    with pytest.raises(InputError, match=r"kernels for backend cpu, got none built: .*setup\.py build_ext --inplace"):
+        Runtime(random_model(SPECS["uniform"]), backend="cpu")
+
+
 def test_predict_reads_paths_and_pictures_and_names_classes(tmp_path: object) -> None:
     spec = vit(block(), img_size=(32, 32), num_classes=1000, embed_dim=16)
     runtime = Runtime(random_model(spec), device="cpu")
