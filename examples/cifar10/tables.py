@@ -184,11 +184,13 @@ def curve_of(r: Results, stage: str, method: str) -> list[tuple[float, float]]:
 
 
 def equal_accuracy(facts: dict[str, float], curve: list[tuple[float, float]]) -> str:
-    """auto's MACs as a share of what the rival needs for the same accuracy."""
-    needed = macs_at(facts["accuracy"], curve)
+    """auto's MACs as a share of what the rival needs for the same accuracy; outside its curve, both accuracies."""
+    accuracy = facts["accuracy"]
+    needed = macs_at(accuracy, curve)
     if needed is None:
-        beyond = "above" if facts["accuracy"] > max(a for _, a in curve) else "below"
-        return f"{facts['accuracy']:.1%}, {beyond} the rival's range"
+        best = max(curve, key=lambda point: point[1])
+        macs, nearest = best if accuracy > best[1] else min(curve)
+        return f"accuracy {accuracy:.1%}; the rival's is {nearest:.1%} at {macs:.0%} of the MACs"
     return f"{facts['macs_share'] / needed:.0%}"
 
 

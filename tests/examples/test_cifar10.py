@@ -150,6 +150,15 @@ def test_macs_at_equal_accuracy_are_interpolated(module: Load) -> None:
     assert macs_at(0.1, curve) is None
 
 
+def test_an_accuracy_outside_the_rivals_is_no_share_of_macs(module: Load) -> None:
+    equal_accuracy, curve = module("tables").equal_accuracy, [(1.0, 0.8), (0.5, 0.6), (0.25, 0.2)]
+    assert equal_accuracy({"accuracy": 0.7, "macs_share": 0.6}, curve) == "80%"
+    below = equal_accuracy({"accuracy": 0.1, "macs_share": 0.2}, curve)
+    assert below == "accuracy 10.0%; the rival's is 20.0% at 25% of the MACs"
+    above = equal_accuracy({"accuracy": 0.9, "macs_share": 0.9}, curve)
+    assert above == "accuracy 90.0%; the rival's is 80.0% at 100% of the MACs"
+
+
 def test_the_page_has_the_tables_of_the_committed_results(module: Load) -> None:
     tables, documented = module("tables"), module("page")
     record: Any = json.loads((EXAMPLE / "results" / "results.json").read_text("utf-8"))

@@ -146,7 +146,7 @@ def test_channels_are_averaged_over_the_matrices_that_write_them() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in shapes.names() if n.startswith("snp_")])
-def test_published_ratios_give_the_published_macs_and_params(name: str) -> None:
+def test_pruning_to_a_published_shape_gives_its_spec_and_the_published_macs(name: str) -> None:
     small = {"img_size": (32, 32), "num_classes": 10}
     dense, target = shapes.get(shapes.dense_of(name), **small), shapes.get(name, **small)
     model = PrunedViT(dense)
