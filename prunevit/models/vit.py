@@ -26,8 +26,8 @@ class PrunedViT(TimmSurface):
 
     Parameter names are timm's. ``spec`` always describes the module as it is, also after ``reset_classifier``,
     ``set_input_size`` and ``prune_intermediate_layers``. ``plan`` (what pruning kept), ``provenance`` (base model,
-    method, measured accuracy) and ``pretrained_cfg`` (timm's data configuration and label names) travel with
-    checkpoints.
+    each pruning as it was asked for, measured accuracy) and ``pretrained_cfg`` (timm's data configuration and label
+    names) travel with checkpoints.
     """
 
     def __init__(

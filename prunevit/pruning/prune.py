@@ -22,6 +22,7 @@ from .cp_vit import CPViT, EViT
 from .groups import check_kinds
 from .method import Batches, Data, Job, Method
 from .options import check_types
+from .provenance import with_pruning
 from .ranking import Ranking
 from .recover import Step
 from .scorers import SCORERS
@@ -65,9 +66,9 @@ def prune(
     ``data`` is for scores, ``train`` for methods that train, ``validation`` for those that look at accuracy.
     ``on_step`` is called with each training step.
 
-    The result has its ``plan`` set. Raises :class:`BudgetError` where a constraint cannot be met,
-    :class:`PruningError` for anything else that does not fit, :class:`UnsupportedModel` for a model that no spec
-    describes.
+    The result has its ``plan`` set, and what was asked for in its ``provenance``, after the prunings before. Raises
+    :class:`BudgetError` where a constraint cannot be met, :class:`PruningError` for anything else that does not fit,
+    :class:`UnsupportedModel` for a model that no spec describes.
     """
     expect(type(seed) is int and seed >= 0, PruningError, "a seed of at least 0", got=repr(seed))
     about_ranks = {name: value for name, value in options.items() if name in _RANKING}
@@ -110,12 +111,10 @@ def prune(
     if not small.spec.num_classes and small.spec.embed_dim != dense.spec.embed_dim:
         what = "features are %d wide now, and were %d: groups without channel would leave them"
         logger.warning(what, small.spec.embed_dim, dense.spec.embed_dim)
-    earlier = [dense.provenance["method"]] if "method" in dense.provenance else []
-    small.provenance |= {
-        "method": "+".join(earlier + [m if isinstance(m, str) else type(m).__name__.lower() for m in methods]),
-        "constraints": dict(each[-1] or {}),
-        "seed": seed,
-    }
+    names = [one if isinstance(one, str) else type(one).__name__.lower() for one in methods]
+    asked = {"method": method, "constraints": constraints or None, "seed": seed, "shape": shape, "recovery": recovery}
+    asked |= {"rounds": rounds if rounds > 1 else None, **options}
+    small.provenance = with_pruning(small.provenance, names, asked)
     return small
 
 
