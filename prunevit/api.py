@@ -22,7 +22,7 @@ from .models.vit import PrunedViT
 from .pruning import Budget
 from .pruning.budget import Constraints, Cost, costs_by_name, mappings_of
 from .pruning.method import Batches, Data
-from .pruning.prune import AnyMethod
+from .pruning.prune import DEFAULT_METHOD, AnyMethod
 from .runtime import Runtime
 from .spec import ViTSpec
 
@@ -34,7 +34,7 @@ GATE_TOLERANCE = 1e-3
 @torch.inference_mode(False)  # whoever calls in inference mode gets weights that can be trained
 def prune(
     model: nn.Module,
-    method: AnyMethod | Sequence[AnyMethod] = "snp",
+    method: AnyMethod | Sequence[AnyMethod] = DEFAULT_METHOD,
     constraints: Constraints | Sequence[Constraints] | None = None,
     data: Data | None = None,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import timm
 import torch
 
 import prunevit
+from prunevit import pruning
+from prunevit.cli import prune as command_line
 from prunevit.errors import CheckpointError, InputError, PrunevitError
 from tests.specs import SPECS, random_images, random_model, vit
 
@@ -80,3 +83,12 @@ def test_another_default_dtype_is_no_obstacle(tmp_path: Path) -> None:
         assert len(picture.predict(Image.new("RGB", (9, 9)))[0]) == 5
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_one_default_method() -> None:
+    """On the command line too, which says it without importing what would load torch."""
+    facade, inner, typed = (
+        inspect.signature(f).parameters["method"].default for f in (prunevit.prune, pruning.prune, command_line.command)
+    )
+    assert facade == inner == "snp"
+    assert typed == [facade]

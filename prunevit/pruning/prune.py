@@ -30,6 +30,7 @@ from .scorers import SCORERS
 logger = logging.getLogger("prunevit")
 
 METHODS: dict[str, type[Method]] = {**SCORERS, "auto": Auto, "cp-vit": CPViT, "evit": EViT}
+DEFAULT_METHOD = "snp"
 
 AnyMethod: TypeAlias = str | Method
 
@@ -39,7 +40,7 @@ _RANKING = {field.name for field in fields(Ranking)}
 @torch.inference_mode(False)  # whoever calls in inference mode gets weights that can be trained
 def prune(
     model: nn.Module,
-    method: AnyMethod | Sequence[AnyMethod] = "magnitude",
+    method: AnyMethod | Sequence[AnyMethod] = DEFAULT_METHOD,
     constraints: Constraints | Sequence[Constraints] | None = None,
     data: Data | None = None,
     *,
