@@ -1,4 +1,6 @@
-"""The how-to pages do what they say: every command and every line of Python on them runs, in a folder that has a model.
+"""The how-to pages do what they say: every command and every line of Python in their blocks runs, beside a model.
+
+Benchmarks of the checkout (`python bench/…`) take minutes, and need only be there.
 
 A page's names stand for small things: ``deit_small_snp`` is a tiny checkpoint, ``DIR`` a folder of class folders. What
 would come from a hub is the tiny dense model, and long trainings are one epoch.
