@@ -14,7 +14,8 @@ from .._units import si
 from ..errors import PruningError, expect
 from ..models.from_timm import as_pruned
 from ..models.vit import PrunedViT
-from ..pruning import Step
+from ..pruning import METHODS, Step
+from ..pruning.auto import Auto
 from ..pruning.journal import Probe, plot_journal
 from ..spec import ViTSpec
 from ._budgets import LOOKS_AT_IMAGES, Constraints, names_of
@@ -41,7 +42,7 @@ class Request:
     trains: bool
     plot: Path | None
     data: str | None
-    images: int
+    images: int | None
     batch_size: int
     workers: int
     device: str | None
@@ -64,7 +65,8 @@ def run(request: Request, output: Output) -> None:
     device = device_of(request.device)
     opened = open_model(request.model, pretrained=request.pretrained)
     dense = as_pruned(opened).to(device).eval()
-    methods, options, loaders = request.methods, _options(request), _loaders(request, dense)
+    methods, options = request.methods, _options(request)
+    loaders = _loaders(request, dense, options)
     with TemporaryDirectory() as scratch, output.bar(f"pruning by {', '.join(request.methods)}") as bar:
         if "auto" in request.method_names:
             options["on_probe"] = lambda probe: bar.show(_told(probe), 0, None)
@@ -108,18 +110,35 @@ def _options(request: Request) -> dict[str, Any]:
         options["recovery"] = {**request.recipe, "epochs": request.recovery_epochs}
     if request.recipe and {"gohsp", "auto"} & request.method_names:
         options["recipe"] = request.recipe
+    if request.images is not None and request.method_names & set(LOOKS_AT_IMAGES) - {"auto"}:
+        options.setdefault("images", request.images)
     return options
 
 
-def _loaders(request: Request, model: PrunedViT) -> dict[str, Any]:
+def _images(request: Request, options: Mapping[str, Any]) -> int | None:
+    """How many calibration images the methods look at, the most of any: as told, or its own number. None is all."""
+    told = options.get("images", 1)
+    fits = told is None or (type(told) is int and told >= 1)
+    expect(fits, PruningError, "a number of images of at least 1", got=repr(told))
+    counts: list[int | None] = []
+    for name in request.method_names & set(LOOKS_AT_IMAGES):
+        # auto has no number of its own: its scorer takes what it takes by itself
+        scorer = str(options.get("scorer", Auto.scorer)) if name == "auto" else name
+        own: int | None = getattr(METHODS.get(scorer), "images", 0)
+        counts.append(own if name == "auto" else options.get("images", own))
+    most = None if None in counts else max((count for count in counts if count is not None), default=0)
+    return min((count for count in (request.images, most) if count is not None), default=None)
+
+
+def _loaders(request: Request, model: PrunedViT, options: Mapping[str, Any]) -> dict[str, Any]:
     """data, train and validation: each from a split of its own, where the methods look at it."""
     if request.data is None:
         return {}
     source, config = data_for(model, request.data)
     common: dict[str, Any] = {"batch_size": request.batch_size, "workers": request.workers}
     loaders: dict[str, Any] = {}
-    if request.method_names & set(LOOKS_AT_IMAGES):
-        loaders["data"] = source.loader("calibration", config, images=request.images, **common)
+    if (images := _images(request, options)) != 0:
+        loaders["data"] = source.loader("calibration", config, images=images, **common)
     if request.trains:
         loaders["train"] = source.loader("train", config, augment=True, seed=request.seed, **common)
     if request.trains or "auto" in request.method_names:

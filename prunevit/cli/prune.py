@@ -113,7 +113,14 @@ JournalFile = Annotated[
 Plot = Annotated[
     Path | None, typer.Option(help="Draw the search into this file (.png, .svg or .pdf).", rich_help_panel=SEARCH)
 ]
-ImageCount = Annotated[int, typer.Option(min=1, help="Calibration images that the scores are measured on.")]
+ImageCount = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Calibration images that scores are measured on; unless told otherwise 512 by taylor, 64 by the others.",
+        show_default=False,
+    ),
+]
 
 # what a method of another name would not read
 OWNERS = {
@@ -131,7 +138,7 @@ def command(
     out: Out,
     method: Method = ["snp"],  # noqa: B006 (typer reads it, nobody changes it)
     data: MaybeData = None,
-    images: ImageCount = 64,
+    images: ImageCount = None,
     macs: Macs = None,
     params: Params = None,
     latency: Latency = None,

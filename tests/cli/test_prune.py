@@ -14,6 +14,7 @@ import typer
 
 from prunevit import BlockSpec, PrunedViT, ViTSpec, api
 from prunevit.cli import _budgets
+from prunevit.data import load_data
 from prunevit.pruning import KINDS, METHODS, Plan
 from prunevit.pruning.groups import Kind
 from tests.clock import count_macs
@@ -165,6 +166,34 @@ def test_a_shape_is_reached_exactly(call: Call, prune: Any, checkpoint: Path, tm
     assert found["constraints"] == {}
 
 
+def test_calibration_takes_as_many_images_as_the_method_does(prune: Any, call: Call, tmp_path: Path) -> None:
+    """Else the command line would measure on fewer than the same call from Python, and say nothing of it."""
+    few, every = 64, load_data("digits").size("calibration")
+    assert few < every < METHODS["taylor"].images  # type: ignore[attr-defined]
+
+    def counted(*arguments: object) -> int | None:
+        found: int | None = prune("--macs", "80%", "--data", "digits", *arguments)["images"]
+        return found
+
+    assert counted("--method", "taylor") == every
+    plan = api.load(tmp_path / "out").plan
+    assert counted("--method", "taylor", "--option", "images=512") == every
+    assert api.load(tmp_path / "out").plan == plan
+    assert counted("--method", "taylor", "--option", "images=20") == counted("--method", "taylor", "--images", 20) == 20
+    assert counted("--method", "snp") == few
+    assert counted("--method", "snp:qk,taylor:mlp") == every
+    # more than snp's own number is more for snp too
+    assert counted("--method", "snp", "--images", 100) == 100
+    assert api.load(tmp_path / "out").provenance["prunings"][-1]["images"] == 100
+    search = ("--method", "auto", "--tau", 1)
+    assert counted(*search, "--images", 100) == few, "its scorer has options of its own"
+    assert counted(*search, "--scorer", "magnitude") is None
+    counts = {METHODS[name].images for name in {*_budgets.LOOKS_AT_IMAGES} - {"auto", "taylor"}}  # type: ignore[attr-defined]
+    assert counts == {few}
+    shown = " ".join(call("prune", "--help").stdout.replace("│", " ").split())
+    assert "512 by taylor, 64 by the others" in shown
+
+
 # -- latency and memory ------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +283,10 @@ def test_wrong_usage_is_named(
         (("--method", "magnitude", "--macs", "0.001%"), "floor"),
         (("--macs", "50%"), "images that snp can measure on .--data DIR"),
         (("--method", "taylor", "--macs", "50%"), "images that taylor can measure on"),
+        (
+            ("--macs", "50%", "--data", "digits", "--option", "images=all"),
+            "a number of images of at least 1, got 'all'",
+        ),
         (("--method", "magnitude", "--macs", "50%", "--data", "no/where"), "no/where"),
         (("--macs", "50%", "--option", "gamma=eight"), "gamma .* 'eight'"),
         (("--macs", "50%", "--option", "pruning_ratio=much"), "pruning_ratio .* 'much'"),
