@@ -163,7 +163,10 @@ public:
         if (plan.splits > 1) launches_.push_back(reduce_launch(type, shape));
         const OnDevice here(device_, plan_, shape);
         const int limit = device_of(device_).shared_limit;
-        for (const Launch& launch : launches_) prepare(launch, limit, plan_, shape);
+        for (const Launch& launch : launches_) {
+            prepare(launch, limit, plan_, shape);
+            if (overlaps_) expect_waiting(launch, plan_, shape);
+        }
     }
 
     void launch(uintptr_t stream) const {

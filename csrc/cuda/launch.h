@@ -32,6 +32,19 @@ inline void prepare(const Launch& launch, int shared_limit, const Plan& plan, co
           "cudaFuncSetAttribute", plan, shape);
 }
 
+// A launch that may begin early has to wait itself, and what was compiled for GPUs older than sm_90 does not, though
+// newer ones run it too: as it is (sm_80 on sm_86), or compiled by the driver.
+inline void expect_waiting(const Launch& launch, const Plan& plan, const Shape& shape) {
+    cudaFuncAttributes code{};
+    check(cudaFuncGetAttributes(&code, launch.kernel), "cudaFuncGetAttributes", plan, shape);
+    if (code.ptxVersion < 90) {
+        throw std::runtime_error(std::string("fused_mlp kernel '") + name_of(plan.kernel) +
+                                 "': expected machine code for sm_90 or newer where launches overlap, got compute_" +
+                                 std::to_string(code.ptxVersion) +
+                                 "; build with PRUNEVIT_CUDA_ARCHS set to this GPU, or unset PRUNEVIT_PDL");
+    }
+}
+
 // `overlaps`: it may begin before the launch ahead of it has ended (programmatic dependent launch).
 inline void start(const Launch& launch, const Arguments& arguments, const Plan& plan, bool overlaps,
                   cudaStream_t stream) {

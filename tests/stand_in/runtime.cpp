@@ -103,6 +103,12 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute which, int 
     }
     return found->second.shared_limit = value, cudaSuccess;
 }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void* host) {
+    if (kernels().count(host) == 0) {
+        return cudaErrorInvalidDeviceFunction;
+    }
+    return found->ptxVersion = found->binaryVersion = device.sm == 90 ? 90 : 80, cudaSuccess;
+}
 
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaGetDevice(int* current) { return *current = 0, cudaSuccess; }

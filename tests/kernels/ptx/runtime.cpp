@@ -18,6 +18,11 @@ struct Config {  // cudaLaunchConfig_t
     unsigned attribute_count;
 };
 
+struct Attributes {  // the beginning of cudaFuncAttributes
+    size_t shared_bytes, constant_bytes, local_bytes;
+    int most_threads, registers, ptx_version, binary_version;
+};
+
 using Launched = void (*)(const char* kernel, const unsigned* grid, unsigned threads, const void* arguments,
                           size_t shared_bytes);
 
@@ -62,6 +67,13 @@ int cudaFuncSetAttribute(const void* kernel, int, int bytes) {
         return kInvalidValue;
     }
     return found->second.shared_limit = bytes, kSuccess;
+}
+// of code for sm_80 and sm_90a: every GPU but an H100 runs the former
+int cudaFuncGetAttributes(Attributes* found, const void* kernel) {
+    if (kernels().count(kernel) == 0) {
+        return kInvalidValue;
+    }
+    return found->ptx_version = capability == 90 ? 90 : 80, kSuccess;
 }
 int cudaLaunchKernelExC(const Config* config, const void* kernel, void** arguments) {
     const auto found = kernels().find(kernel);

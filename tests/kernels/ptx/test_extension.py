@@ -104,6 +104,19 @@ def test_overlapping_launches(extension: EmulatedExtension, kernel: str) -> None
     assert extension.library.overlapping_launches() - before == launches
 
 
+def test_code_that_does_not_wait_may_not_overlap(extension: EmulatedExtension) -> None:
+    """A GPU newer than sm_90 runs what was compiled for sm_80, which waits for no launch ahead."""
+    extension.be(Gpu(120, 3, RTX_4090.shared_limit))
+    x = torch.full((1, 9, 40), 3.0, dtype=torch.bfloat16)[..., :37]
+    op = rounded(draw(37, 210), torch.bfloat16)
+    for kernel in ("fused", "two_gemms"):
+        mlp = extension.pack(op, stand_in_target(torch.bfloat16))
+        mlp._bound(x, mlp._planned(x, kernel))
+        mlp = extension.pack(op, stand_in_target(torch.bfloat16, overlaps=True))
+        with pytest.raises(RuntimeError, match=r"expected machine code for sm_90 or newer .* PRUNEVIT_CUDA_ARCHS"):
+            mlp._bound(x, mlp._planned(x, kernel))
+
+
 def test_a_smaller_shape_bound_later(extension: EmulatedExtension) -> None:
     """What one launch takes of shared memory must not become the limit of all."""
     extension.be(ONE_SM)
