@@ -111,6 +111,10 @@ inline Plan plan_split(const Shape& s, const Device& d) {
     return plan;
 }
 
+// Blocks of so much shared memory that fit an SM, two at most: each takes a kilobyte more than it asks for, and one may
+// have all but that.
+inline int blocks_an_sm(int shared, const Device& d) { return 2 * (shared + 1024) <= d.shared_limit + 1024 ? 2 : 1; }
+
 inline Plan plan_two_gemms(const Shape& s, const Device& d) {
     Plan plan{};
     plan.kernel = Kernel::two_gemms;
@@ -118,7 +122,8 @@ inline Plan plan_two_gemms(const Shape& s, const Device& d) {
     plan.mt = ceil_div(s.rows, 128) * out_tiles >= d.multiprocessors ? 4 : 2;
     plan.expand_mt = plan.mt == 4 ? 3 : 2;
     const int row_tiles = ceil_div(s.rows, 32 * plan.mt), hidden_tiles = ceil_div(s.hidden, kGemmColumns);
-    const int wanted = ceil_div(2 * d.multiprocessors, ceil_div(s.rows, 32 * plan.expand_mt));  // two blocks an SM
+    const int at_once = d.multiprocessors * blocks_an_sm(gemm_shared_bytes(32 * plan.expand_mt), d);
+    const int wanted = ceil_div(at_once, ceil_div(s.rows, 32 * plan.expand_mt));
     plan.expand_columns = wanted < hidden_tiles ? wanted : hidden_tiles;
     plan.splits = even_splits(row_tiles * out_tiles, s.chunks(), d);
     plan.shared = gemm_shared_bytes(32 * plan.mt);

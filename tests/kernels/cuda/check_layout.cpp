@@ -310,6 +310,11 @@ void plans() {
             }
         }
     }
+    for (const Device& d : devices) {  // an A100 has 164 KB an SM, two blocks of 86,784 bytes take 171.5
+        const int small = blocks_an_sm(gemm_shared_bytes(64), d), large = blocks_an_sm(gemm_shared_bytes(96), d);
+        expect(small == (d.shared_limit > 99 * 1024 ? 2 : 1) && large == (d.sm == 90 ? 2 : 1), "blocks an SM holds",
+               std::to_string(d.sm));
+    }
     expect(seen == std::set<Kernel>{Kernel::fused, Kernel::split, Kernel::two_gemms}, "what is chosen unasked",
            "a set of kernels");
 }

@@ -108,7 +108,9 @@ def test_registers_leave_room_for_the_blocks_that_the_plan_counts_on(code: dict[
     for prefix in TWO_BLOCKS:
         for key, made in kernels(code, prefix).items():
             assert made.registers <= 128, key
-    assert all(made.registers <= 168 for prefix in WGMMA for made in kernels(code, prefix).values())
+    # setmaxnreg hands all of 384 · 168 out again, as 128 · 24 + 256 · 240 and 128 · 40 + 256 · 232: of fewer, it would
+    # wait for ever
+    assert all(made.registers == 168 for prefix in WGMMA for made in kernels(code, prefix).values())
 
 
 @pytest.mark.parametrize("prefix", ["fused_mma", "expand", "contract"])
