@@ -144,6 +144,8 @@ class Engine:
         self.programs: OrderedDict[ShapeKey, Program] = OrderedDict()
         self.lock = threading.Lock()
         _engines.add(self)
+        # its memory may be another's as soon as it is gone, and its last call may still be running
+        weakref.finalize(self, _settle, self.recorder, os.getpid()).atexit = False
 
     def __call__(self, images: Tensor) -> Tensor:
         with self.turn():
@@ -209,6 +211,11 @@ class Engine:
                 stacklevel=4,
             )
         return program
+
+
+def _settle(recorder: Recorder, process: int) -> None:
+    if os.getpid() == process:  # a fork's child has no GPU
+        recorder.settle()
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

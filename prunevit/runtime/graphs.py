@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
@@ -27,7 +30,7 @@ class Recorder(Protocol):
         ...
 
     def record(self, run: Launch) -> Launch:
-        """``run`` as one launch. It has run before; it is not run now."""
+        """``run`` as one launch, which is not launched now. It may be run once, and must not mind."""
         ...
 
     def settle(self) -> None:
@@ -87,6 +90,20 @@ class OnStreams:
 _capturing = threading.Lock()
 
 
+# of recorders that are gone, by device: what libraries keep for a stream, as cuBLAS its workspace, serves the next one
+_idle: defaultdict[int, list[torch.cuda.Stream]] = defaultdict(list)
+
+
+def _new_stream() -> torch.cuda.Stream:
+    """Not one of PyTorch's: those are 32 that take turns, so that work of another thread may be captured with ours."""
+    driver, handle, not_blocking = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), 1
+    status = driver.cuStreamCreate(ctypes.byref(handle), not_blocking)
+    if status != 0 or handle.value is None:
+        raise RuntimeError(f"cuStreamCreate failed: CUDA error {status}")
+    stream: torch.cuda.Stream = torch.cuda.ExternalStream(handle.value)  # type: ignore[no-untyped-call]
+    return stream
+
+
 class CudaGraphs(OnStreams):
     """On a GPU, a CUDA graph a program. The graphs share a memory pool: they take turns, and leave nothing in it."""
 
@@ -95,7 +112,10 @@ class CudaGraphs(OnStreams):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         with torch.cuda.device(device):
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            torch.cuda.current_stream().query()  # the driver has a context in this thread from here on
+            idle = _idle[torch.cuda.current_device()]
+            self._stream = idle.pop() if idle else _new_stream()
+            weakref.finalize(self, idle.append, self._stream).atexit = False
             self._pool = torch.cuda.graph_pool_handle()
         self._kept: torch.cuda.CUDAGraph | None = None
 
@@ -109,6 +129,7 @@ class CudaGraphs(OnStreams):
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
         with _capturing, torch.cuda.stream(self._stream):
+            run()  # libraries have a handle for each thread, and may not make it during a capture
             # thread_local: what other threads of this process do meanwhile is no part of it
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:

@@ -140,11 +140,14 @@ class Runtime:
     def warmup(self, batch: int | Iterable[int] = 1, img_size: tuple[int, int] | None = None) -> Runtime:
         """Pack, plan, compile and record for one batch size or several, so that no request has to.
 
-        Several are prepared largest first: the others then share its memory.
+        Several are prepared largest first: the others then share its memory. While a GPU records, PyTorch before 2.13
+        has no random numbers for other threads of the process: warm up before they begin.
         """
         batches = sorted(set(batch), reverse=True) if isinstance(batch, Iterable) else [batch]
         fits = all(isinstance(size, int) and size >= 1 for size in batches)
         expect(fits, InputError, "batches of at least one image", got=batches)
+        kept = len(batches) <= self._max_programs
+        expect(kept, InputError, f"max_programs of at least {len(batches)} for as many batches", got=self._max_programs)
         height, width = img_size or self.spec.img_size
         for size in batches:
             shape = (size, self.spec.in_chans, height, width)

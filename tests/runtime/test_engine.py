@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from prunevit.errors import InputError
 from prunevit.runtime import Runtime, engine
 from prunevit.runtime.arena import Arena, Need
 from prunevit_kernels import Launch
@@ -87,6 +89,31 @@ def test_warmup_records_and_no_request_does() -> None:
     for batch in (1, 4, 1):
         runtime(random_images(SPECS["evit"], batch))
     assert (recordings.recorded, recordings.replayed) == (2, replayed + 3)
+
+
+def test_warmup_of_more_batches_than_are_kept_is_refused() -> None:
+    runtime, recordings = recorded(max_programs=2)
+    with pytest.raises(InputError, match="expected max_programs of at least 3 for as many batches, got 2"):
+        runtime.warmup([1, 2, 3])
+    assert recordings.recorded == 0
+
+
+def test_memory_stays_until_the_last_call_has_ended() -> None:
+    """Who drops a runtime waits for it: what it still reads and writes would be another's."""
+    there: list[bool] = []
+
+    class Noting(Recordings):
+        def settle(self) -> None:
+            there.append(memory() is not None)
+
+    runtime, _ = recorded()
+    one = engine.Engine(runtime._engine.make_plan, runtime.target, recorder=Noting())
+    one(random_images(SPECS["evit"]))
+    (program,) = one.programs.values()
+    memory = weakref.ref(program.out)
+    del one, program
+    assert there == [True]
+    assert memory() is None
 
 
 def test_the_least_recently_used_shape_goes_and_nothing_in_flight_is_freed() -> None:

@@ -93,6 +93,36 @@ def test_nan_is_refused_where_it_is_looked_for() -> None:
         runtime(images)
 
 
+@pytest.mark.parametrize("name", ["uniform", "attention_pool"])
+def test_recorded_in_another_thread_than_it_began_in(name: str) -> None:
+    """Libraries keep a handle for each thread, which they may not make while a graph is recorded."""
+    runtime, images = Runtime(random_model(SPECS[name])), images_of(name)
+    got = [runtime(images)]
+    torch.cuda.synchronize()
+
+    def work() -> None:
+        got.extend(runtime(images) for _ in range(2))
+        torch.cuda.synchronize()
+
+    other = threading.Thread(target=work)
+    other.start()
+    other.join()
+    assert len(got) == 3
+    assert torch.equal(got[0], got[1])
+    assert torch.equal(got[0], got[2])
+
+
+def test_graphs_are_recorded_on_a_stream_that_nobody_else_gets() -> None:
+    """PyTorch's streams are a few that take turns. Who comes after a runtime gets its stream."""
+    runtimes = [Runtime(random_model(SPECS["uniform"])).warmup(1) for _ in range(2)]
+    own = [runtime._engine.recorder._stream.cuda_stream for runtime in runtimes]  # type: ignore[attr-defined]
+    streams = [torch.cuda.Stream().cuda_stream for _ in range(100)]
+    assert len(set(streams)) < 100
+    assert len({*own, *streams}) == len(set(streams)) + 2
+    del runtimes[0]
+    assert Runtime(random_model(SPECS["uniform"]))._engine.recorder._stream.cuda_stream == own[0]  # type: ignore[attr-defined]
+
+
 def test_concurrent_threads_on_streams_of_their_own() -> None:
     """Each output as when its caller had the GPU to itself; two runtimes, which record at the same time."""
     name, several = "cp_vit_cascade", [images_of("cp_vit_cascade", 1 + i % 4, seed=i) for i in range(32)]

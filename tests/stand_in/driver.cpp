@@ -75,6 +75,8 @@ CUresult cuPointerGetAttribute(void* out, CUpointer_attribute which, CUdeviceptr
     }
     return *static_cast<CUdeviceptr*>(out) = address, CUDA_SUCCESS;
 }
+CUresult cuStreamCreate(CUstream* out, unsigned flags) { return as_driver(cudaStreamCreateWithFlags(out, flags)); }
+CUresult cuStreamDestroy(CUstream stream) { return as_driver(cudaStreamDestroy(stream)); }
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
     cudaStreamCaptureStatus held;
     cudaStreamIsCapturing(stream, &held);
