@@ -159,6 +159,7 @@ class PackCache:
         self._packs: dict[tuple[Hashable, ...], tuple[Pack, list[Any]]] = {}
         self._lock = threading.RLock()
         self.made = 0
+        _caches.add(self)
 
     def __len__(self) -> int:
         return len(self._packs)
@@ -194,6 +195,16 @@ class PackCache:
     def clear(self) -> None:
         with self._lock:
             self._packs.clear()
+
+
+def _renew_locks() -> None:
+    """A child has no other thread: whoever was packing in the parent will not give its lock back here."""
+    for cache in _caches:
+        cache._lock = threading.RLock()
+
+
+_caches: weakref.WeakSet[PackCache] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _forget(cache: weakref.ref[PackCache], key: tuple[Hashable, ...], _: object) -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from prunevit_kernels import HeadTable, RaggedAttention
+from prunevit_kernels import ContractError, HeadTable, RaggedAttention, Target
 from prunevit_kernels.ragged_attention import ragged_attention
+from prunevit_kernels.target import HALF
 from tests.kernels.half_precision import attention_case as make
 from tests.kernels.single_precision import CPU, cases, drawn, run, run_drawn
 
@@ -32,6 +34,18 @@ def test_cpu(name: str) -> None:
 def test_cpu_on_drawn_shapes(dims: list[tuple[int, int]], b: int, n: int, data: st.DataObject) -> None:
     queries = data.draw(st.integers(1, n))
     run_drawn(make([qk for qk, _ in dims], [v for _, v in dims], b, n, queries), data.draw(st.integers(1, 3)))
+
+
+def test_buffers_on_another_gpu_than_the_weights_are_refused() -> None:
+    op, target = RaggedAttention(HeadTable.packed([8], [8], align=8)), Target("cuda", torch.device("cuda", 1), HALF[0])
+    with FakeTensorMode():
+        there, elsewhere = (
+            (torch.empty(1, 5, 24, device=gpu, dtype=HALF[0]), torch.empty(1, 5, 8, device=gpu, dtype=HALF[0]))
+            for gpu in ("cuda:1", "cuda:0")
+        )
+        op.check(target, *there)
+        with pytest.raises(ContractError, match=r"expected qkv on device \(cuda:1\), got cuda:0"):
+            op.check(target, *elsewhere)
 
 
 def test_the_reference_is_scaled_dot_product_attention() -> None:

@@ -17,7 +17,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from prunevit.nn import accelerate, restore
-from prunevit_kernels._packs import same_bytes
+from prunevit_kernels import Target
+from prunevit_kernels._packs import PackCache, same_bytes
 from prunevit_kernels.library import packs
 from tests.nn.models import check_model, images, randomise, tiny
 
@@ -254,6 +255,27 @@ def test_a_forked_child_compares_with_threads_of_its_own() -> None:
         signal.alarm(30)  # a child that waits for its parent's threads waits for ever
         tensors[0].numpy()[-1] = 1
         os._exit(0 if not same_bytes(tensors, copies, 2) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_child_forked_while_another_thread_packs_packs_too() -> None:
+    cache, begun, end = PackCache(), threading.Event(), threading.Event()
+
+    def slow(*_: object) -> None:
+        begun.set()
+        end.wait(30)
+
+    weights, target = [torch.zeros(3)], Target("torch")
+    packing = threading.Thread(target=lambda: cache.get("slow", weights, target, slow, trust_versions=True))
+    packing.start()
+    begun.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        cache.get("quick", weights, target, lambda *_: None, trust_versions=True)
+        os._exit(0)
+    end.set()
+    packing.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
