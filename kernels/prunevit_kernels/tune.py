@@ -1,19 +1,18 @@
 """Measure the candidate tiles of bound ops, and the kernels that can run a fused_mlp, on the GPU at hand, offline.
 
-Nothing is ever tuned inside a request. All candidate tiles are compiled first, in parallel processes that need no GPU
-(Triton's disk cache carries them over), and then timed one by one in CUDA graphs: what a launch costs the host does
-not count.
+Nothing is ever tuned inside a request. Candidate tiles are compiled in parallel processes that need no GPU (Triton's
+disk cache carries them over), and timed one by one in CUDA graphs as soon as all of a problem's are there: what a
+launch costs the host does not count. What is known is handed over after every problem.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
@@ -26,11 +25,14 @@ from ._aot import Build, build, compiling_for
 from ._configs import Problem, Tile, candidates
 from ._launch import Call, TritonOp
 from .fused_mlp._cuda import CudaMlp
-from .target import Launch, Target
+from .target import Launch, Target, available_cores
 from .tuning import Tuning, machine_name
 from .units import dtype_name
 
 Report = Callable[[str], None]
+Keep = Callable[[Tuning], None]  # of all that has been found so far
+
+MOST_PROCESSES = 32  # a container may have fewer cores than it is told of; each process takes half a gigabyte
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,16 @@ def built(capability: int, work: Compilation) -> Build:
         return build(work.call())
 
 
-def precompile(calls: Iterable[Call], capability: int, processes: int | None = None) -> int:
-    """Fill Triton's disk cache with what the calls need; returns how many kernels that were."""
+@contextmanager
+def compiling(calls: Iterable[Call], capability: int) -> Iterator[Mapping[Compilation, Future[None]]]:
+    """Fills Triton's disk cache with what the calls need, in their order, beside whatever happens within."""
     every = dict.fromkeys(map(Compilation.of, calls))
     # spawned, not forked: CUDA does not survive a fork
-    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        list(pool.map(partial(compiled, capability=capability), every))
-    return len(every)
+    pool = ProcessPoolExecutor(min(available_cores(), MOST_PROCESSES), mp_context=get_context("spawn"))
+    try:
+        yield {work: pool.submit(compiled, work, capability) for work in every}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def measure(launch: Launch, repeats: int = 20, rounds: int = 5) -> float:
@@ -107,7 +112,10 @@ def measure(launch: Launch, repeats: int = 20, rounds: int = 5) -> float:
 
 
 def tune(
-    bound: Sequence[tuple[TritonOp[Any], Sequence[Tensor]]], target: Target, report: Report = lambda line: None
+    bound: Sequence[tuple[TritonOp[Any], Sequence[Tensor]]],
+    target: Target,
+    report: Report = lambda line: None,
+    keep: Keep = lambda found: None,
 ) -> Tuning:
     """The fastest tile of every problem among ops with the buffers that they run on."""
     machine = machine_name(target.device)
@@ -130,25 +138,27 @@ def tune(
             packed.target = before
 
     major, minor = torch.cuda.get_device_capability(target.device)
-    every = [with_tile(key, tile) for key, tiles in trials.items() for tile in tiles]
-    report(f"{precompile(every, 10 * major + minor)} kernels compiled for {len(trials)} problems")
-    del every
-
     best: dict[str, Tile] = {}
-    with torch.cuda.device(target.device):
+    every = (with_tile(key, tile) for key, tiles in trials.items() for tile in tiles)
+    with compiling(every, 10 * major + minor) as made, torch.cuda.device(target.device):
+        report(f"{len(made)} kernels to compile for {len(trials)} problems")
         for key in trials:
-            seconds = {tile: _time_of(with_tile(key, tile)) for tile in trials[key]}
+            seconds = {tile: _time_of(with_tile(key, tile), made, report) for tile in trials[key]}
             best[key] = min(seconds, key=seconds.__getitem__)
+            keep(Tuning(machine, best))
             default = next(iter(seconds.values()))
             report(f"{key}: {seconds[best[key]] * 1e6:.1f} µs with {best[key]}, {default * 1e6:.1f} µs by default")
     return Tuning(machine, best)
 
 
 def choose_kernels(
-    bound: Sequence[tuple[CudaMlp, Tensor]], target: Target, report: Report = lambda line: None
+    bound: Sequence[tuple[CudaMlp, Tensor]],
+    target: Target,
+    report: Report = lambda line: None,
+    keep: Keep = lambda found: None,
 ) -> Tuning:
     """The fastest kernel of every fused_mlp problem among packed MLPs with the buffer that they run on."""
-    dtype = dtype_name(target.dtype)
+    dtype, machine = dtype_name(target.dtype), machine_name(target.device)
     best: dict[str, str] = {}
     with torch.cuda.device(target.device):
         for packed, x in bound:
@@ -161,19 +171,27 @@ def choose_kernels(
                 seconds[kernel] = measure(packed.bind_with(x, kernel))
             x.copy_(values)
             best[key] = min(seconds, key=seconds.__getitem__)
+            keep(Tuning(machine, kernels=best))
             report(f"{key}: " + ", ".join(f"{name} {1e6 * s:.1f} µs" for name, s in _fastest_first(seconds)))
-    return Tuning(machine_name(target.device), kernels=best)
+    return Tuning(machine, kernels=best)
 
 
 def _fastest_first(seconds: dict[str, float]) -> list[tuple[str, float]]:
     return sorted(seconds.items(), key=lambda item: item[1])
 
 
-def _time_of(call: Call) -> float:
-    """Infinite for a tile that this GPU has no room for."""
+def _time_of(call: Call, made: Mapping[Compilation, Future[None]], report: Report) -> float:
+    """Infinite for a tile that the compiler refuses, or that this GPU has no room for."""
+    work = Compilation.of(call)
     try:
+        made[work].result()
         launch = call.load()
+    except BrokenExecutor:  # a process was killed: no tile is to blame
+        raise
     except OutOfResources:
+        return float("inf")
+    except Exception as failure:  # whatever a compiler may raise, in another process
+        report(f"{work}, {call.tile}: left out, {failure}")
         return float("inf")
     return measure(launch)
 

@@ -57,12 +57,17 @@ def tune_runtime(runtime: Runtime, batches: Iterable[int], file: Path, report: C
     mlps = [(op, buffers[0]) for op, buffers in bound if isinstance(op, CudaMlp)]
     # the Triton pair is one of an MLP's kernels: it competes with the tiles that suit it
     tiled = [(op, buffers) for op, buffers in bound if isinstance(op, TritonOp)] + [(op.triton, [x]) for op, x in mlps]
-    found = tune(tiled, target, report=report)
-    before.joined(found).write(file)  # at once: a kernel that hangs below must not cost what is known
+
+    def keep(found: Tuning) -> None:
+        before.joined(found).write(file)  # at once: whoever ends this has what is known
+
+    # kernels first, with the tiles of the rules: they are few, and matter most
+    kernels = choose_kernels(mlps, target, report, keep)
+    tiles = tune(tiled, target, report, lambda found: keep(kernels.joined(found)))
     for op, _ in mlps:
-        op.triton.target = with_tuning(target, found)
-    found = found.joined(choose_kernels(mlps, target, report=report))
-    before.joined(found).write(file)
+        op.triton.target = with_tuning(target, tiles)
+    found = tiles.joined(choose_kernels(mlps, target, report))
+    keep(found)
     return len(found)
 
 

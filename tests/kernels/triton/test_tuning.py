@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -65,21 +67,34 @@ def test_a_tuned_tile_is_used(op: RaggedAttention) -> None:
 def test_the_fastest_candidate_wins(op: RaggedAttention, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = Packed(op, TARGET)
     (default,) = packed.calls(*buffers(op))
-    fastest = candidates(default.problem)[5]
-    compiled: list[Call] = []
+    refused, fastest = candidates(default.problem)[3], candidates(default.problem)[5]
+    compiled, loaded, said, kept = list[Call](), list[Tile](), list[str](), list[Tuning]()
 
-    def time_of(call: Call) -> float:
+    @contextmanager
+    def compiling(calls: Iterable[Call], capability: int) -> Iterator[dict[tune.Compilation, Future[None]]]:
+        compiled.extend(calls)
+        made = {tune.Compilation.of(call): Future[None]() for call in compiled}
+        for work, future in made.items():
+            future.set_exception(ValueError("too large")) if work.tile == refused else future.set_result(None)
+        yield made
+
+    def load(call: Call) -> Tile:
         assert call.constants["BLOCK_N"] == call.tile.block_n
-        return 1.0 if call.tile == fastest else 2.0
+        loaded.append(call.tile)
+        return call.tile
 
     monkeypatch.setattr(tune, "machine_name", lambda device: "one GPU")
-    monkeypatch.setattr(tune, "precompile", lambda calls, capability: compiled.extend(calls) or len(compiled))
-    monkeypatch.setattr(tune, "_time_of", time_of)
+    monkeypatch.setattr(tune, "compiling", compiling)
+    monkeypatch.setattr(Call, "load", load)
+    monkeypatch.setattr(tune, "measure", lambda tile: 1.0 if tile == fastest else 2.0)
     monkeypatch.setattr(tune, "with_tuning", lambda target, tuning: _stand_in(tuning))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    found = tune.tune([(packed, buffers(op))], TARGET)
+    found = tune.tune([(packed, buffers(op))], TARGET, said.append, kept.append)
     assert found.tiles == {default.problem.key("bfloat16"): fastest}
+    assert [each.tiles for each in kept] == [found.tiles], "it is handed over as soon as it is known"
+    assert refused not in loaded
+    assert any("too large" in line for line in said), "the compiler's reason is told"
     assert {call.tile for call in compiled} == {default.tile, *candidates(default.problem)}
     assert packed.target is TARGET
 
