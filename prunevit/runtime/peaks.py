@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from prunevit_kernels import Target
 from prunevit_kernels.cpu import extension
 from prunevit_kernels.target import cpu_extension_built
 
+CYCLES = 10_000_000  # of a GPU's clock that a wait takes, which tells the clock: some 5 ms
 CACHED, FROM_MEMORY = 2**18, 2**26  # bytes a thread that an L2 cache holds, bytes in all that no cache does
 
 
@@ -87,17 +87,10 @@ class PeakProbe:
         """16 a clock and multiprocessor, at the clock that the product has just run at."""
         if self.target.device.type != "cuda":
             return None
-        query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", f"--id={self._gpu_index()}"]
-        try:
-            clock = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            return None
+        self._matmul()
+        clock = CYCLES / self._seconds(lambda: torch.cuda._sleep(CYCLES))  # type: ignore[no-untyped-call]
         properties = torch.cuda.get_device_properties(self.target.device)
-        return 16 * int(properties.multi_processor_count) * float(clock) * 1e6
-
-    def _gpu_index(self) -> str:
-        """As nvidia-smi counts: CUDA_VISIBLE_DEVICES does not renumber there, so by its UUID."""
-        return f"GPU-{torch.cuda.get_device_properties(self.target.device).uuid}"
+        return 16 * int(properties.multi_processor_count) * clock
 
     def _seconds(self, call: Callable[[], object]) -> float:
         call()

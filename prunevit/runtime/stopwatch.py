@@ -41,7 +41,7 @@ class _EventStopwatch(Stopwatch):
         sleep: Any = torch.cuda._sleep
         events = [make(enable_timing=True) for _ in range(len(self.launches) + 1)]
         # the GPU waits until the host has queued the steps: small ones end before the next could be launched
-        sleep(20_000 * len(self.launches))  # cycles: about 12 µs a step
+        sleep(100_000 * len(self.launches))  # cycles: about 50 µs a step, which may be several launches
         events[0].record()
         for launch, event in zip(self.launches, events[1:]):
             launch()
