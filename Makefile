@@ -3,7 +3,7 @@
 # make check   ruff, clang-format, mypy, import-linter, one op one name
 # make sanitize  the C++ kernels' tests under AddressSanitizer and UBSan
 # make bench   whole models against eager, torch.compile, ONNX Runtime and OpenVINO; fills the README's table
-# make gpu     PART=tests|ragged_attention|norm_linear|fused_mlp|tune|model SHAPES= BATCH= OUT= WHEELS= SECONDS= BUILT=1:
+# make gpu     PART=tests|ragged_attention|norm_linear|fused_mlp|tune|model SHAPES= BATCH= IMPLS= OUT= WHEELS= SECONDS= BUILT=1:
 #              on a machine with a GPU, with PYTHON as it is (no VENV): docs/performance-gpu.md
 # make compile-check  what the compilers made of the GPU kernels, without a GPU
 # Set PYTHON to choose an interpreter (3.11 or newer), VENV to choose where it is installed.
@@ -40,7 +40,7 @@ bench: $(VENV)/.installed
 
 PART ?= tests
 gpu:
-	$(PYTHON) bench/gpu.py --part '$(PART)' --shapes '$(SHAPES)' --batch '$(BATCH)' --out '$(or $(OUT),bench/results)' $(if $(WHEELS),--wheels '$(WHEELS)') $(if $(SECONDS),--seconds '$(SECONDS)') $(if $(BUILT),--built) $(if $(DRY_RUN),--dry-run)
+	$(PYTHON) bench/gpu.py --part '$(PART)' --shapes '$(SHAPES)' --batch '$(BATCH)' --impls '$(IMPLS)' --out '$(or $(OUT),bench/results)' $(if $(WHEELS),--wheels '$(WHEELS)') $(if $(SECONDS),--seconds '$(SECONDS)') $(if $(BUILT),--built) $(if $(DRY_RUN),--dry-run)
 
 compile-check: $(VENV)/.installed
 	$(BIN)/python -m prunevit_kernels.compile_check

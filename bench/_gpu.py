@@ -25,21 +25,23 @@ from rich.console import Console
 from rich.table import Table
 
 from prunevit import shapes
-from prunevit.benchmark import Peer, best_of, run_interleaved, speedup
+from prunevit.benchmark import Peer, PeerFailed, best_of, run_interleaved, speedup
 from prunevit_kernels._configs import MLP_KERNELS
+from prunevit_kernels.tuning import Tuning, machine_name
 
 IMPLS: dict[str, tuple[str, ...]] = {
-    "ragged_attention": ("prunevit", "sdpa padded", "sdpa grouped"),
+    "ragged_attention": ("prunevit", "sdpa padded", "sdpa padded flash", "sdpa padded cudnn", "sdpa grouped"),
     "norm_linear": ("prunevit", "eager", "inductor max-autotune"),
     "fused_mlp": (
         "prunevit", *(f"prunevit:{kernel}" for kernel in MLP_KERNELS), "eager", "inductor max-autotune",
     ),
     "model": (
-        "prunevit", OVERLAPPING, "eager", "eager grouped", "compile max-autotune", "compile reduce-overhead",
-        "dense eager", "dense compile max-autotune", "dense compile reduce-overhead",
+        "prunevit", OVERLAPPING, "eager", "eager grouped", "dense eager", "compile reduce-overhead",
+        "dense compile reduce-overhead", "compile max-autotune", "dense compile max-autotune",
     ),
 }  # fmt: skip
-SLOW = ("max-autotune", "reduce-overhead")  # in the names of peers that take long to build
+SLOW = ("max-autotune", "reduce-overhead")  # end the names of peers that take long to build
+QUICK_SECONDS = 120.0  # in which any other is built, unless a kernel hangs
 LEAST = 60.0  # seconds below which nothing is begun
 COLUMNS = ("shape", "batch", "best peer", "µs", "its µs", "× best", "goal", "of floor", "goal", "× dense", "MACs ratio")
 console = Console(stderr=True)
@@ -65,11 +67,12 @@ def measure(
     """Rows of all implementations for some works, timed in turn; and why peers failed that have no rows."""
     job = {"kind": kind, "works": works, "device": device, "dtype": dtype, "tuning": tuning and str(tuning)}
     program = (str(Path(__file__).with_name("_gpu_worker.py")),)
-    peers = [Peer(impl, job, program) for impl in impls]
-    probe = Peer("peak", job, program)
-    # the quick ones, ours among them, start at once, and then the slow ones; a lock lets one build at a time
-    everyone = sorted([*peers, probe], key=lambda peer: peer.name.endswith(SLOW))
-    quick = sum(not peer.name.endswith(SLOW) for peer in everyone)
+    # the quick ones, ours first, start at once, and then the slow ones; a lock lets one build at a time
+    names = sorted(["peak", *impls], key=lambda name: name.endswith(SLOW))
+    quick = sum(not name.endswith(SLOW) for name in names)
+    turns = [{"turn": i % quick, "most": QUICK_SECONDS if i < quick else None} for i in range(len(names))]
+    everyone = [Peer(name, job | turn, program) for name, turn in zip(names, turns)]
+    probe, peers = everyone[0], everyone[1:]
     failed = run_interleaved(
         everyone, threads=4, rounds=rounds, seconds=seconds * len(works), progress=progress,
         at_once=quick, build_seconds=build_seconds, dispensable=set(impls) - {"prunevit"},
@@ -93,7 +96,8 @@ def rows_of(kind: str, works: list[Work], peers: list[Peer], peaks: dict[str, An
         same = [peer for name, peer in one.items() if not name.startswith(("prunevit", "dense "))]
         dense = [peer for name, peer in one.items() if name.startswith("dense ")]
         best, best_dense = best_of(same, ours), best_of(dense, ours)
-        goal, floor_goal = goals(kind, work)
+        goal, floor_goal, against = goals(kind, work)
+        goal = goal if set(against) <= set(one) else None
         for name, peer in one.items():
             ms = peer.quantile(0.5)
             row: dict[str, Any] = {
@@ -112,9 +116,15 @@ def rows_of(kind: str, works: list[Work], peers: list[Peer], peaks: dict[str, An
             }
             if name.startswith("prunevit") and kind == "fused_mlp":
                 row["kernel"] = next(peer for peer in peers if peer.name == name).facts["kernels"][i]
+            if name == OVERLAPPING:
+                row["gain"] = speedup(peer, ours)
             if peer is ours and best is not None:
                 row |= {"best_peer": best.name, "ratio_to_best_peer": speedup(ours, best), "goal_ratio": goal}
                 row |= {"goal_fraction_of_floor": floor_goal}
+                kernels = [peer for name, peer in one.items() if name.startswith("prunevit:")]
+                if kernels and kind == "fused_mlp":
+                    fastest = min(kernels, key=lambda peer: peer.quantile(0.5))
+                    row |= {"fastest": fastest.name, "fastest_to_best_peer": speedup(fastest, best)}
             if peer is ours and best_dense is not None:
                 ratio = shapes.get(shapes.dense_of(work["name"])).macs() / shapes.get(work["name"]).macs()
                 row |= {"best_dense_peer": best_dense.name, "pruned_over_dense": speedup(ours, best_dense)}
@@ -169,11 +179,10 @@ def kernels_of(rows: list[dict[str, Any]]) -> Table:
 
 def overlap_of(rows: list[dict[str, Any]]) -> list[str]:
     """What overlapping launches gain, a line a model."""
-    us = {(row["shape"], row["batch"], row["impl"]): row["us_p50"] for row in rows}
     return [
-        f"{shape}, batch {batch}: {us[shape, batch, 'prunevit'] / time:.2f} times as fast with overlapping launches"
-        for (shape, batch, impl), time in us.items()
-        if impl == OVERLAPPING
+        f"{row['shape']}, batch {row['batch']}: {row['gain']:.2f} times as fast with overlapping launches"
+        for row in rows
+        if row["impl"] == OVERLAPPING
     ]
 
 
@@ -200,14 +209,19 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def slug(gpu: object) -> str:
+    """A GPU's name, or none, as file names have it."""
+    return re.sub(r"[^a-z0-9]+", "-", str(gpu or "no-gpu").lower()).strip("-")
+
+
 def write(kind: str, record: dict[str, Any], out: Path) -> None:
     """JSON, CSV and a picture, named by the GPU; rows that the JSON file has from earlier runs stay."""
-    gpu = re.sub(r"[^a-z0-9]+", "-", str(record["environment"]["gpu"] or "no-gpu").lower()).strip("-")
-    file = out / f"{kind}-{gpu}.json"
+    file = out / f"{kind}-{slug(record['environment']['gpu'])}.json"
     new = {(row["shape"], row["batch"]) for row in record["rows"]}
-    old = json.loads(file.read_text("utf-8"))["rows"] if file.exists() else []
-    rows = [row for row in old if (row["shape"], row["batch"]) not in new] + record["rows"]
-    write_record({**record, "rows": rows}, file)
+    before = json.loads(file.read_text("utf-8")) if file.exists() else {"rows": []}
+    rows = [row for row in before["rows"] if (row["shape"], row["batch"]) not in new] + record["rows"]
+    failed = {**before.get("failed", {}), **record.get("failed", {})}
+    write_record({**record, "failed": failed, "rows": rows}, file)
     plot(rows, file.with_suffix(".png"))
 
 
@@ -217,39 +231,63 @@ def bench(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure a few works after the other until the limit; print the table, write the files."""
     until, rows, failed = time.monotonic() + limit, list[dict[str, Any]](), dict[str, dict[str, str]]()
+    if tuning is not None and device == "cuda":
+        expect_measured_here(tuning)
     several = 1 if kind == "model" else 6
-    left = list[tuple[str, list[Work]]]()
+    todo = list[tuple[str, list[Work]]]()
     for name in names:
         works = works_of(kind, name, batches)
-        left += [(name, works[first : first + several]) for first in range(0, len(works), several)]
-    while left and (not rows or until - time.monotonic() > LEAST):
+        todo += [(name, works[first : first + several]) for first in range(0, len(works), several)]
+    left = list(todo)
+    while left and (len(left) == len(todo) or until - time.monotonic() > LEAST):
         name, works = left.pop(0)
         timing = rounds * 0.1 * len(works) * len(impls or IMPLS[kind])  # twice the seconds that are asked for
         with console.status("") as status:
             label = f"{kind}, {name}, {len(left)} to follow: "
-            measured, left_out = measure(
-                kind, works, impls or IMPLS[kind], device=device, dtype=dtype, rounds=rounds, tuning=tuning,
-                build_seconds=max(LEAST / 2, until - time.monotonic() - timing),
-                progress=lambda text, label=label: status.update(label + text),
-            )  # fmt: skip
+            try:
+                measured, left_out = measure(
+                    kind, works, impls or IMPLS[kind], device=device, dtype=dtype, rounds=rounds, tuning=tuning,
+                    build_seconds=max(LEAST / 2, until - time.monotonic() - timing),
+                    progress=lambda text, label=label: status.update(label + text),
+                )  # fmt: skip
+            except PeerFailed as failure:  # ours, or the probe: nothing to compare, but the next may do
+                measured, left_out = [], {"prunevit": str(failure)}
         rows += measured
         for reason in left_out.values():
             console.print(f"[yellow]{name}, left out:[/] {reason}")
         if left_out:
             failed.setdefault(name, {}).update(left_out)
-        if out is not None:
+        if out is not None and rows:
             write(kind, {"environment": environment(dtype), "failed": failed, "rows": rows}, out)
-    Console(width=150).print(table_of(rows))
-    if kind == "fused_mlp":
-        Console(width=150).print(kernels_of(rows))
-    for line in overlap_of(rows):
-        console.print(line)
+    show(kind, rows)
     if left:
         sizes = ",".join(map(str, batches))
         shapes_left = ",".join(dict.fromkeys(name for name, _ in left))
         again = f"python bench/{kind}.py --device {device} --batch {sizes} --shapes {shapes_left}"
         console.print(f"[yellow]{limit:.0f} s are over; the rest:[/] {again}")
+    if any("prunevit" in reasons for reasons in failed.values()):
+        raise SystemExit("prunevit failed: see above")
     return rows
+
+
+def show(kind: str, rows: list[dict[str, Any]]) -> None:
+    """The tables."""
+    if not rows:
+        return
+    Console(width=150).print(table_of(rows))
+    if kind == "fused_mlp":
+        Console(width=150).print(kernels_of(rows))
+    for line in overlap_of(rows):
+        console.print(line)
+
+
+def expect_measured_here(tuning: Path) -> None:
+    """End with a sentence where a tuning.json has nothing for this GPU and these versions."""
+    known = Tuning.read(tuning, machine_name())
+    if not known:
+        raise SystemExit(
+            f"expected {tuning} to be tuned on {known.machine}, got {'; '.join(known.others) or 'nothing'}"
+        )
 
 
 def expect_gpu() -> None:

@@ -13,9 +13,10 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from _works import OVERLAPPING, TOKENS, Cost, Work, make, padded_spec, up8
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunevit import PrunedViT, Runtime, shapes
 from prunevit.benchmark import serve, timed
@@ -33,6 +35,7 @@ from prunevit_kernels import Target
 from prunevit_kernels._launch import TritonOp
 from prunevit_kernels.fused_mlp._cuda import CudaMlp
 from prunevit_kernels.target import PDL_VARIABLE
+from prunevit_kernels.tuning import Tuning, machine_name
 
 Run = Callable[[], object]
 REPEATS = 10
@@ -81,8 +84,11 @@ def costs_of(runtime: Runtime, images: Tensor) -> list[Cost]:
 
 def target_of(job: dict[str, Any]) -> Target:
     """The GPU; or, to try a benchmark where there is none, the reference on a CPU."""
-    dtype = getattr(torch, job["dtype"])
-    return Target("cuda", torch.device("cuda", 0), dtype) if job["device"] == "cuda" else Target("torch", dtype=dtype)
+    dtype, device = getattr(torch, job["dtype"]), torch.device(job["device"], 0)
+    if device.type != "cuda":
+        return Target("torch", dtype=dtype)
+    tuning = Tuning.read(Path(job["tuning"]), machine_name(device)) if job.get("tuning") else None
+    return Target("cuda", device, dtype, tuning=tuning)
 
 
 def op_of(job: dict[str, Any], work: Work) -> Run | None:
@@ -116,15 +122,25 @@ def ours(kernel: str, packed: Any, buffers: list[Tensor], work: Work) -> Run | N
 
 
 def attention_peer(impl: str, work: Work, target: Target) -> Run:
-    """SDPA on heads zero-padded to one width, or one call for each class of widths; the padding itself is not timed."""
+    """SDPA on heads zero-padded to one width, or one call for each class of widths; the padding itself is not timed.
+
+    By the kernel that PyTorch chooses, or by the one that is named: none is the fastest at every width.
+    """
     classes = [up8(max(qk, v)) for qk, v in zip(work["qk"], work["v"])]
-    widths = {max(classes): len(classes)} if impl == "sdpa padded" else {w: classes.count(w) for w in classes}
+    widths = {w: classes.count(w) for w in classes} if impl == "sdpa grouped" else {max(classes): len(classes)}
+    backends = {"sdpa padded flash": SDPBackend.FLASH_ATTENTION, "sdpa padded cudnn": SDPBackend.CUDNN_ATTENTION}
 
     def random(heads: int, width: int) -> Tensor:
         return torch.randn(work["batch"], heads, TOKENS, width, device=target.device).to(target.dtype)
 
     qkvs = [[random(heads, width) for _ in range(3)] for width, heads in widths.items()]
-    return lambda: [F.scaled_dot_product_attention(*qkv) for qkv in qkvs]
+
+    def run() -> None:
+        with sdpa_kernel(backends[impl]) if impl in backends else nullcontext():
+            for qkv in qkvs:
+                F.scaled_dot_product_attention(*qkv)
+
+    return run
 
 
 def padded(op: str, work: Work, target: Target) -> Callable[[Tensor], Tensor]:
@@ -178,17 +194,26 @@ def peaks(job: dict[str, Any]) -> dict[str, float]:
     while time.perf_counter() < until:
         probe.sample()
     found = probe.result()
-    if found.exps is None and job["device"] == "cuda":
-        raise SystemExit("expected nvidia-smi to tell the GPU's clock, got nothing")
     return {"flops": found.flops, "bandwidth": found.memory, "exps": found.exps or math.inf}
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """One process builds at a time, or probes: both measure."""
+def alone(job: dict[str, Any]) -> Iterator[None]:
+    """One process builds at a time, or probes: both measure. Whoever takes longer than it may holds nobody else up."""
+    most = job["most"]
+
+    def give_up() -> None:
+        print(f"TimeoutError: not built in {most:.0f} s", file=sys.stderr, flush=True)
+        os._exit(3)  # a call that waits for a kernel which hangs cannot be interrupted
+
+    time.sleep(job["turn"])  # all have begun at once: they come to the lock a second apart
     with (Path(tempfile.gettempdir()) / "prunevit-gpu-build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        watch = threading.Timer(most or 0.0, give_up)
+        if most is not None:
+            watch.start()
         yield
+        watch.cancel()
 
 
 def built(job: dict[str, Any]) -> list[Run | None]:
@@ -212,11 +237,11 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 10_000
     torch._dynamo.config.accumulated_recompile_limit = 100_000
     if job["impl"] == "peak":
-        with alone():
+        with alone(job):
             found = peaks(job)
         serve(lambda _: [0.0], **found)
         return
-    with alone():
+    with alone(job):
         runs = built(job)
     time_of = event_times if job["device"] == "cuda" else timed
     repeats = 1 if job["kind"] == "model" or job["device"] != "cuda" else REPEATS

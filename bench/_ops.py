@@ -161,6 +161,7 @@ def command(op: str) -> None:
         impls: Annotated[str, typer.Option(help="implementations, separated by commas; all by default")] = "",
         out: Annotated[Path | None, typer.Option(help="folder for the CSV and JSON files")] = None,
         limit: Annotated[float, typer.Option(help="seconds after which a GPU begins no further shape")] = 300,
+        tuning: Annotated[Path | None, typer.Option(help="on a GPU, the tuning.json that prunevit runs with")] = None,
     ) -> None:
         if device not in ("cpu", "cuda"):
             raise typer.BadParameter(f"expected cpu or cuda, got {device}")
@@ -171,7 +172,7 @@ def command(op: str) -> None:
         batches = [int(b) for b in (batch or ("1,8" if device == "cpu" else "1,64,256")).split(",")]
         if device == "cuda":
             _gpu.expect_gpu()
-            _gpu.bench(op, shape.split(","), batches, out, limit=limit, impls=chosen)
+            _gpu.bench(op, shape.split(","), batches, out, limit=limit, impls=chosen, tuning=tuning)
             return
         rows = measure(op, shape.split(","), batches, threads, chosen)
         show(rows)

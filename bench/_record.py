@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,11 +34,12 @@ def environment(dtype: str, **more: Any) -> dict[str, Any]:
 
 
 def _commit() -> str:
+    """Of the checkout; where a copy has no history, what PRUNEVIT_COMMIT says."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # a copy of the sources without its history
-        return "unknown"
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("PRUNEVIT_COMMIT", "unknown")
 
 
 def write(record: dict[str, Any], file: Path) -> None:

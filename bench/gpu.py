@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -29,7 +30,12 @@ NEEDS = (
 )  # fmt: skip
 SECONDS = 460  # of one part, its build included: some machines allow ten minutes a command
 LEFT = "{left}"  # in a command: the seconds that the part has left when the command begins
-GPU_TESTS = ("tests/kernels/gpu", "tests/kernels/cuda/test_on_gpu.py", "tests/runtime/test_on_gpu.py")
+GRACE = 10.0  # seconds for last words, once a command is told that the time is over
+GPU_TESTS = (
+    "tests/kernels/gpu", "tests/kernels/cuda/test_on_gpu.py", "tests/runtime/test_on_gpu.py",
+    "tests/latency/test_latency_on_gpu.py", "tests/pruning/test_recover_gpu.py",
+)  # fmt: skip
+LOADS = [sys.executable, "-c", "from prunevit_kernels import _cpu, _cuda; _cuda.Device.of(0)"]
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -37,6 +43,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--shapes", default="", help="published shapes, with commas; for tests, pytest's -k")
     parser.add_argument("--batch", default="", help="batch sizes, with commas")
+    parser.add_argument("--impls", default="", help="of a benchmark, with commas; all by default")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to install first, without an index")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="after which the part ends by itself")
@@ -72,29 +79,28 @@ def architecture() -> str:
     return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
 
 
-def part_commands(args: argparse.Namespace) -> list[list[str]]:
+def part_commands(args: argparse.Namespace, *, built: bool) -> list[list[str]]:
     """The build, unless it is there, and then the part."""
-    build = [] if args.built else [[sys.executable, "setup.py", "-q", "build_ext", "--inplace"]]
+    build = [] if built else [[sys.executable, "setup.py", "-q", "build_ext", "--inplace"], LOADS]
     out = str(args.out.resolve())
     if args.part == "tests":
         parallel = ["-n", "8"] if find_spec("xdist") else []
         chosen = ["-k", args.shapes] if args.shapes else []
-        report = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={out}/tests-gpu.xml"]
+        named = re.sub(r"\W+", "-", f"tests-gpu {args.shapes}").strip("-")
+        report = ["-v", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={out}/{named}.xml"]
         # a signal cannot interrupt a process that waits for a kernel which hangs; ending it from a thread can
-        patience = ["--timeout=120", "--timeout-method=thread"]
+        patience = ["--timeout=90", "--timeout-method=thread"]
         return [*build, [sys.executable, "-m", "pytest", *report, *patience, *parallel, *chosen, *GPU_TESTS]]
     tuning = args.out.resolve() / "tuning.json"
     if args.part == "tune":
         tune = [sys.executable, "-m", "prunevit.runtime.tune", f"--batch={args.batch or '1,64,256'}", f"--out={tuning}"]
         return [*build, *([*tune, shape] for shape in (args.shapes or "snp_deit_small").split(","))]
-    options = [f"--{name}={value}" for name, value in (("shapes", args.shapes), ("batch", args.batch)) if value]
-    bench = [sys.executable, f"bench/{args.part}.py", "--device=cuda", *options]
-    measure = [*bench, f"--out={out}", f"--limit={LEFT}"]
-    if args.part != "model":
-        return [*build, measure]
-    tuned = [f"--tuning={tuning}"] if tuning.is_file() else []  # what PART=tune has written there
+    options = [f"--{name}={getattr(args, name)}" for name in ("shapes", "batch") if getattr(args, name)]
+    options += [f"--tuning={tuning}"] if tuning.is_file() else []  # what PART=tune has written there
+    bench = [sys.executable, f"bench/{args.part}.py", "--device=cuda", *options, f"--out={out}"]
+    measure = [*bench, f"--limit={LEFT}", *([f"--impls={args.impls}"] if args.impls else [])]
     # the quick one first: peers that autotune may take all the time there is
-    return [*build, [*bench, *tuned, "--roofline"], [*measure, *tuned]]
+    return [*build, *([[*bench, "--roofline"]] if args.part == "model" else []), measure]
 
 
 def missing(site: str) -> list[str]:
@@ -105,14 +111,17 @@ def missing(site: str) -> list[str]:
 def run(command: list[str], extra: dict[str, str], until: float) -> int:
     """The command's status; 124 where the time was over first. Nothing that it started lives on."""
     left = until - time.monotonic()
-    command = [word.replace(LEFT, f"{left - 10:.0f}") for word in command]
+    command = [word.replace(LEFT, f"{left - 2 * GRACE:.0f}") for word in command]
     print("+", shlex.join(command), flush=True)
     # a process group of its own: workers that are stopped, or busy on the GPU, must end with it
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **extra}, process_group=0)
     try:
-        return process.wait(left)
+        return process.wait(max(left - GRACE, left / 2))
     except subprocess.TimeoutExpired:
-        print("stopped: the part's time is over; what was written stays. Narrow it with SHAPES= or BATCH=.")
+        print("stopped: the part's time is over; what was written stays. Narrow it with SHAPES= or BATCH=.", flush=True)
+        os.killpg(process.pid, signal.SIGINT)  # pytest then says what has failed so far
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(min(GRACE, left / 2))
         return 124
     finally:
         with suppress(ProcessLookupError):
@@ -126,7 +135,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="prunevit-site-") as site:
         install = [wheel_command(args.wheels, site)] if args.wheels else []
         if args.dry_run:
-            for command in [*install, *part_commands(args)]:
+            for command in [*install, *part_commands(args, built=args.built)]:
                 print(shlex.join(command))
             return 0
         for command in install:
@@ -136,7 +145,10 @@ def main(argv: list[str]) -> int:
             raise SystemExit(f"expected {', '.join(absent)} to be installed, or in WHEELS: docs/performance-gpu.md")
         extra = environment(site, architecture())
         args.out.mkdir(parents=True, exist_ok=True)
-        for command in part_commands(args):
+        built = args.built and run(LOADS, extra, until) == 0
+        if args.built and not built:
+            print("the extensions that were brought along do not load here: building them", flush=True)
+        for command in part_commands(args, built=built):
             if failed := run(command, extra, until):
                 return failed
     return 0

@@ -152,7 +152,12 @@ def main(
         _gpu.expect_gpu()
     if roofline_:
         for shape, size in product(names, batches):
-            Console().print(roofline_table(shape, roofline(shape, size, device, threads, rounds, tuning)))
+            found = roofline(shape, size, device, threads, rounds, tuning)
+            Console(width=150).print(roofline_table(shape, found))
+            if out is not None:
+                out.mkdir(parents=True, exist_ok=True)
+                file = f"roofline-{shape}-batch{size}-{_gpu.slug(found.device) if device == 'cuda' else 'cpu'}.json"
+                (out / file).write_text(found.to_json() + "\n", "utf-8")
         return
     if device == "cuda":
         chosen = impls.split(",") if impls else None

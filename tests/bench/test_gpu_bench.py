@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -20,7 +22,7 @@ import _works  # noqa: E402
 import gpu  # noqa: E402
 import mlp_rules  # noqa: E402
 
-from prunevit.benchmark import Peer  # noqa: E402
+from prunevit.benchmark import Peer, PeerFailed  # noqa: E402
 
 
 def make(*variables: str) -> subprocess.CompletedProcess[str]:
@@ -33,10 +35,11 @@ def test_a_dry_run_prints_the_build_and_the_part(part: str, tmp_path: Path) -> N
     (tmp_path / "pydantic-2-py3-none-any.whl").touch()
     done = make(f"PART={part}", "SHAPES=snp_deit_tiny", "DRY_RUN=1", f"WHEELS={tmp_path}", f"OUT={tmp_path}/out")
     assert done.returncode == 0, done.stderr
-    install, build, run, *_ = done.stdout.splitlines()
+    install, build, loads, run, *_ = done.stdout.splitlines()
     assert "--no-index --no-deps" in install
     assert install.endswith("pydantic-2-py3-none-any.whl")
     assert "setup.py -q build_ext --inplace" in build
+    assert "_cuda.Device.of(0)" in loads
     what = {"tests": "-m gpu", "tune": f"-m prunevit.runtime.tune --batch=1,64,256 --out={tmp_path}/out/tuning.json"}
     assert what.get(part, f"bench/{part}.py --device=cuda") in run
     assert "snp_deit_tiny" in run
@@ -61,10 +64,52 @@ def test_nothing_lives_on_when_the_time_is_over(tmp_path: Path) -> None:
         assert time.monotonic() < until
 
 
-def test_models_are_timed_with_what_was_tuned_before(tmp_path: Path) -> None:
+def test_what_was_tuned_before_is_timed(tmp_path: Path) -> None:
     (tmp_path / "tuning.json").write_text("{}")
+    tuned = f"--tuning={tmp_path}/tuning.json"
     done = make("PART=model", "DRY_RUN=1", f"OUT={tmp_path}")
-    assert [f"--tuning={tmp_path}/tuning.json" in line for line in done.stdout.splitlines()] == [False, True, True]
+    assert [tuned in line for line in done.stdout.splitlines()] == [False, False, True, True]
+    done = make("PART=fused_mlp", "DRY_RUN=1", "BUILT=1", f"OUT={tmp_path}", "IMPLS=prunevit,eager")
+    assert tuned in done.stdout
+    assert "--impls=prunevit,eager" in done.stdout
+
+
+def test_a_table_of_another_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tuning.json").write_text('{"format": 1, "machines": {"an A100": {}}}')
+    monkeypatch.setattr(_gpu, "machine_name", lambda: "an H100")
+    with pytest.raises(SystemExit, match=r"tuning\.json to be tuned on an H100, got an A100"):
+        _gpu.bench("model", ["snp_deit_tiny"], [1], None, limit=1, tuning=tmp_path / "tuning.json")
+
+
+def test_every_test_of_a_gpu_is_run() -> None:
+    """The stand-in's own, which are for no GPU, apart."""
+    mark = re.compile(r"^(pytestmark = |@)pytest\.mark\.gpu", re.MULTILINE)
+    files = (ROOT / "tests").rglob("test_*.py")
+    marked = {path.relative_to(ROOT) for path in files if mark.search(path.read_text())}
+    assert marked
+    assert all(any(path.is_relative_to(named) for named in gpu.GPU_TESTS) for path in marked), marked
+
+
+def test_last_words_are_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """pytest, interrupted when the time is over, says what has failed."""
+    (tmp_path / "test_it.py").write_text("import time\ndef test_a(): assert 1 == 2\ndef test_b(): time.sleep(60)\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path)]
+    assert gpu.run(command, {}, time.monotonic() + 8) == 124
+    assert "assert 1 == 2" in capfd.readouterr().out
+
+
+def test_extensions_that_do_not_load_are_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], extra: dict[str, str], until: float) -> int:
+        ran.append(command)
+        return int(command == gpu.LOADS and len(ran) == 1)
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu, "architecture", lambda: "90a")
+    assert gpu.main(["--part=fused_mlp", "--built", f"--out={tmp_path}"]) == 0
+    assert [command == gpu.LOADS for command in ran] == [True, False, True, False]
+    assert "build_ext" in ran[1]
 
 
 def test_an_unknown_part_is_named() -> None:
@@ -143,12 +188,22 @@ def test_rows_have_ratios_floors_and_goals(tmp_path: Path) -> None:
     assert (ours["fraction_of_floor"], ours["goal_fraction_of_floor"], ours["tflops"]) == (0.5, 0.55, 500.0)
     assert ours["pruned_over_dense"] == 6.0
     assert _gpu.table_of(rows).row_count == 1
+    without = _gpu.rows_of("model", works, peers[:2], {"flops": 1e15, "bandwidth": 1, "exps": 1})
+    assert without[0]["goal_ratio"] is None, "the goal is about torch.compile, which was not measured"
     for _ in range(2):  # a second run replaces its own rows
         _gpu.write("model", {"environment": {"gpu": "NVIDIA H100 80GB"}, "rows": rows}, tmp_path)
     written = json.loads((tmp_path / "model-nvidia-h100-80gb.json").read_text())
     assert len(written["rows"]) == 4
     assert (tmp_path / "model-nvidia-h100-80gb.csv").read_text().count("\n") == 5
     assert (tmp_path / "model-nvidia-h100-80gb.png").stat().st_size > 1000
+
+
+def test_what_overlapping_gains_is_found_within_rounds() -> None:
+    works = [{"name": "snp_deit_tiny", "batch": 1}]
+    ours, early = peer("prunevit", 1.0, costs=[[(1e12, 0, 0)]]), peer(_works.OVERLAPPING, 1.0, costs=[[(1e12, 0, 0)]])
+    ours.samples, early.samples = [[2.0], [6.0], [2.2]], [[1.0], [3.0], [1.1]]
+    rows = _gpu.rows_of("model", works, [ours, early], {"flops": 1e15, "bandwidth": 1, "exps": 1})
+    assert _gpu.overlap_of(rows) == ["snp_deit_tiny, batch 1: 2.00 times as fast with overlapping launches"]
 
 
 def mlp_peers(**us: list[float | None]) -> list[Peer]:
@@ -173,6 +228,9 @@ def test_every_kernel_of_ours_has_a_row_and_is_no_peer() -> None:
     assert {row["kernel"] for row in rows if row["impl"] == "prunevit"} == {"fused"}
     ours = [row for row in rows if row["impl"] == "prunevit"]
     assert [row["best_peer"] for row in ours] == ["eager", "eager"]
+    assert [(row["fastest"], row["fastest_to_best_peer"]) for row in ours] == [
+        ("prunevit:wgmma", pytest.approx(30 / 7, 1e-3)), ("prunevit:wgmma_gemms", pytest.approx(40 / 15, 1e-3)),
+    ]  # fmt: skip
     table = _gpu.kernels_of(rows)
     cells = [list(column.cells) for column in table.columns]
     assert cells[4:] == [["10.0", "20.0"], ["–", "–"], ["–", "–"], ["7.0*", "–"], ["9.0", "15.0*"], ["–", "–"],
@@ -222,6 +280,29 @@ def test_rules_are_printed_as_plan_h_has_them() -> None:
     ]
     with pytest.raises(SystemExit, match="expected rows of prunevit:fused"):
         mlp_rules.report({"environment": facts, "rows": []}, 0.03)
+
+
+def test_what_ours_fails_of_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measure(kind: str, works: list[_works.Work], *_: object, **__: object) -> object:
+        if works[0]["batch"] == 1:
+            raise PeerFailed("prunevit: no answer within 1 s")
+        peers = [peer("prunevit", 2.0, costs=[[(1e12, 0, 0)]]), peer("eager", 9.0)]
+        return _gpu.rows_of(kind, works, peers, {"flops": 1e15, "bandwidth": 1e12, "exps": 1e12}), {}
+
+    monkeypatch.setattr(_gpu, "measure", measure)
+    with pytest.raises(SystemExit, match="prunevit failed"):
+        _gpu.bench("model", ["snp_deit_tiny"], [1, 8], tmp_path, limit=1e3, device="cpu")
+    (written,) = tmp_path.glob("*.json")
+    record = json.loads(written.read_text())
+    assert {row["batch"] for row in record["rows"]} == {8}
+    assert record["failed"] == {"snp_deit_tiny": {"prunevit": "prunevit: no answer within 1 s"}}
+
+
+def test_a_build_that_hangs_holds_nobody_up() -> None:
+    """It ends, says so, and gives the lock back."""
+    code = "import _gpu_worker as w, time\nwith w.alone({'most': 0.3, 'turn': 0}): time.sleep(60)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bench", capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (3, "TimeoutError: not built in 0 s")
 
 
 @pytest.mark.parametrize("script", ["model", "ragged_attention", "norm_linear", "fused_mlp"])

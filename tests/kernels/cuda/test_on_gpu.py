@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prunevit_kernels import FusedMlp, Target
 from prunevit_kernels._configs import CUDA_MLP_KERNELS as KERNELS
-from prunevit_kernels.fused_mlp._cuda import KERNEL_VARIABLE
+from prunevit_kernels.fused_mlp._cuda import KERNEL_VARIABLE, CudaMlp
 from tests.kernels.cuda.emulation import draw
 from tests.kernels.cuda.rules import assert_right
 from tests.kernels.half_precision import changed, rounded, same_bits
@@ -60,7 +60,9 @@ def check(
     pitch = pitch or target.pitch(op.embed_dim) + 8
     x, storage = place(target, rows, op.embed_dim, pitch)
     before = storage.clone()
-    launch = op.pack(target).bind(x)
+    packed = op.pack(target)
+    assert isinstance(packed, CudaMlp), "the extension does not run here: Triton would pass in its place"
+    launch = packed.bind(x)
     assert same_bits(storage, before), "bind wrote to x"
     launch() if run is None else run(launch)
     torch.cuda.synchronize()
