@@ -113,6 +113,8 @@ class _Search:
                 continue  # the model is the same, and so are its scores
             best = max(found, key=lambda probe: (now.cost - probe.cost) / max(now.accuracy - probe.accuracy, 1e-4))
             now, planned = self._commit(best, planned[best.part]), {}
+        if self.model is self.job.model:  # nothing had to go: the result is another model all the same, and has a plan
+            return compact(self.model, Plan.keep_all(self.model.spec))
         return self.model
 
     def _largest(self, part: str, step: float, bound: float, plan_of: Callable[[float], Plan | None]) -> Probe | None:

@@ -37,6 +37,14 @@ def test_it_finds_ratios_of_their_own_within_the_bound_and_the_budget(tmp_path: 
     assert (tmp_path / "search.png").stat().st_size > 5000
 
 
+def test_where_nothing_has_to_go_the_given_model_stays_as_it_is() -> None:
+    before = dict(MODEL.provenance)
+    small = prune(MODEL, "auto", {"macs": "100%"}, **OPTIONS)
+    assert (small is MODEL, MODEL.plan, MODEL.provenance) == (False, None, before)
+    assert Plan.from_dict(small.plan) == Plan.keep_all(SPEC)
+    assert torch.equal(small(IMAGES), MODEL(IMAGES))
+
+
 def test_an_interrupted_search_continues_without_repeating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = prune(MODEL, "auto", {"macs": "75%"}, journal=tmp_path / "whole", **OPTIONS)
     count = len((tmp_path / "whole").read_text().splitlines())
