@@ -84,7 +84,7 @@ def part_commands(args: argparse.Namespace, *, built: bool) -> list[list[str]]:
     build = [] if built else [[sys.executable, "setup.py", "-q", "build_ext", "--inplace"], LOADS]
     out = str(args.out.resolve())
     if args.part == "tests":
-        parallel = ["-n", "8"] if find_spec("xdist") else []
+        parallel = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
         chosen = ["-k", args.shapes] if args.shapes else []
         named = re.sub(r"\W+", "-", f"tests-gpu {args.shapes}").strip("-")
         report = ["-v", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={out}/{named}.xml"]
