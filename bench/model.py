@@ -155,9 +155,9 @@ def main(
             found = roofline(shape, size, device, threads, rounds, tuning)
             Console(width=150).print(roofline_table(shape, found))
             if out is not None:
+                where = _gpu.slug(torch.cuda.get_device_name()) if device == "cuda" else "cpu"
                 out.mkdir(parents=True, exist_ok=True)
-                file = f"roofline-{shape}-batch{size}-{_gpu.slug(found.device) if device == 'cuda' else 'cpu'}.json"
-                (out / file).write_text(found.to_json() + "\n", "utf-8")
+                (out / f"roofline-{shape}-batch{size}-{where}.json").write_text(found.to_json() + "\n", "utf-8")
         return
     if device == "cuda":
         chosen = impls.split(",") if impls else None
