@@ -24,6 +24,7 @@ bool attribute(int which, int* value) {
         case cudaDevAttrMaxThreadsPerBlock: return *value = 1024, true;
         case cudaDevAttrMaxSharedMemoryPerBlock: return *value = 48 * 1024, true;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: return *value = device.shared_limit, true;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return *value = device.shared_limit + 1024, true;
         case cudaDevAttrWarpSize: return *value = 32, true;
         case cudaDevAttrMaxRegistersPerBlock: return *value = 65536, true;
         case cudaDevAttrMultiProcessorCount: return *value = device.multiprocessors, true;
