@@ -171,7 +171,11 @@ def captured(run: Run) -> Run:
     with torch.cuda.graph(graph):
         for _ in range(REPEATS):
             run()
-    return graph.replay
+
+    def replay(held: Run = run) -> None:  # whose buffers and weights the graph reads and writes
+        graph.replay()
+
+    return replay
 
 
 def event_times(run: Run, seconds: float) -> list[float]:
@@ -210,10 +214,13 @@ def alone(job: dict[str, Any]) -> Iterator[None]:
     with (Path(tempfile.gettempdir()) / "prunevit-gpu-build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         watch = threading.Timer(most or 0.0, give_up)
+        watch.daemon = True
         if most is not None:
             watch.start()
-        yield
-        watch.cancel()
+        try:
+            yield
+        finally:
+            watch.cancel()
 
 
 def built(job: dict[str, Any]) -> list[Run | None]:

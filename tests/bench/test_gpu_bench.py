@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from prunevit import PrunedViT, shapes
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 import _gpu  # noqa: E402
+import _gpu_worker  # noqa: E402
 import _works  # noqa: E402
 import gpu  # noqa: E402
 import mlp_rules  # noqa: E402
@@ -83,11 +86,11 @@ def test_a_table_of_another_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 def test_every_test_of_a_gpu_is_run() -> None:
     """The stand-in's own, which are for no GPU, apart."""
-    mark = re.compile(r"^(pytestmark = |@)pytest\.mark\.gpu", re.MULTILINE)
+    mark, run = re.compile(r"^(pytestmark = \[?|@)pytest\.mark\.gpu", re.M), (*gpu.GPU_TESTS, *gpu.TIMED_TESTS)
     files = (ROOT / "tests").rglob("test_*.py")
     marked = {path.relative_to(ROOT) for path in files if mark.search(path.read_text())}
-    assert marked
-    assert all(any(path.is_relative_to(named) for named in gpu.GPU_TESTS) for path in marked), marked
+    assert {Path(path) for path in run} <= {*marked, Path("tests/kernels/gpu")}
+    assert all(any(path.is_relative_to(one) for one in run) for path in marked), marked
 
 
 def test_last_words_are_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +99,19 @@ def test_last_words_are_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path)]
     assert gpu.run(command, {}, time.monotonic() + 8) == 124
     assert "assert 1 == 2" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status"), [((0, 0), 0), ((1, 0), 1), ((0, 5), 0), ((5, 1), 1), ((124, 5), 124), ((5, 5), 5)]
+)
+def test_failing_tests_keep_no_others_from_running(
+    statuses: tuple[int, int], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [0, *statuses]  # the extensions load
+    monkeypatch.setattr(gpu, "run", lambda *_: left.pop(0))
+    monkeypatch.setattr(gpu, "architecture", lambda: "90a")
+    assert gpu.main(["--part=tests", "--built", f"--out={tmp_path}"]) == status
+    assert left == []
 
 
 def test_extensions_that_do_not_load_are_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,6 +319,23 @@ def test_a_build_that_hangs_holds_nobody_up() -> None:
     code = "import _gpu_worker as w, time\nwith w.alone({'most': 0.3, 'turn': 0}): time.sleep(60)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bench", capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (3, "TimeoutError: not built in 0 s")
+
+
+def test_a_build_that_fails_says_so_at_once() -> None:
+    code = "import _gpu_worker as w\nwith w.alone({'most': 60, 'turn': 0}): raise ValueError('why')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bench", capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (1, "ValueError: why")
+
+
+def test_a_captured_op_keeps_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph knows addresses alone."""
+    monkeypatch.setattr(torch, "cuda", MagicMock())
+    buffer = torch.zeros(3)
+    replay, alive = _gpu_worker.captured(lambda buffer=buffer: buffer.zero_()), weakref.ref(buffer)
+    del buffer
+    assert alive() is not None
+    del replay
+    assert alive() is None
 
 
 @pytest.mark.parametrize("script", ["model", "ragged_attention", "norm_linear", "fused_mlp"])
