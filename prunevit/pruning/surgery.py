@@ -40,6 +40,7 @@ def compact(model: nn.Module, plan: Plan) -> PrunedViT:
                 weight = weight.index_select(axis, index.to(weight.device))
         state[name] = weight * plan.norm_gain if name in gains else weight.clone()
     small.load_state_dict(state, assign=True)
+    small.to(weights["patch_embed.proj.weight"].device)  # lists of channels are no part of the state
     before = None if dense.plan is None else Plan.from_dict(dense.plan)
     small.plan = (plan if before is None else before.then(plan)).to_dict()
     small.provenance, small.pretrained_cfg = dict(dense.provenance), dict(dense.pretrained_cfg)

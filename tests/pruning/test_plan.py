@@ -118,6 +118,14 @@ def test_emptied_keeps_its_bias_and_removed_adds_nothing() -> None:
         same(outputs(plan.mask(model), images), outputs(compact(model, plan), images))
 
 
+def test_what_is_left_lies_where_the_model_lay() -> None:
+    """Lists of channels too, which are no part of its state."""
+    model = random_model(SPECS["partial_reads_and_writes"]).to("meta")
+    small = compact(model, Plan.keep_all(model.spec))
+    assert list(small.buffers())
+    assert {tensor.device.type for tensor in (*small.parameters(), *small.buffers())} == {"meta"}
+
+
 def test_nothing_dropped_changes_nothing() -> None:
     spec = SPECS["every_head_its_own_width"]
     model, images = random_model(spec), random_images(spec)
