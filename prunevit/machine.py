@@ -6,18 +6,22 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-
-def machine() -> dict[str, Any]:
-    """CPU, GPU, system and versions, as plain JSON values."""
+if TYPE_CHECKING:
     import torch
 
+
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """CPU, GPU (the current one, or ``device``), system and versions, as plain JSON values."""
+    import torch
+
+    gpu = device if device is not None and device.type == "cuda" else None
     return {
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(gpu) if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: installed(name) for name in ("prunevit", "torch", "timm", "onnxruntime", "openvino")},

@@ -153,7 +153,7 @@ class Table:
 
 def identity(target: Target, batch: int) -> dict[str, Any]:
     """What a measured time belongs to."""
-    here = machine()
+    here = machine(target.device)
     versions = {name: here["versions"][name] for name in ("prunevit", "torch")}
     return {
         "batch": batch,

@@ -36,7 +36,15 @@ class _NativeStopwatch(Stopwatch):
 class _EventStopwatch(Stopwatch):
     """By events on the GPU's own clock."""
 
+    def __init__(self, launches: list[Launch], device: torch.device) -> None:
+        super().__init__(launches)
+        self.device = device
+
     def __call__(self) -> list[float]:
+        with torch.cuda.device(self.device):
+            return self._timed()
+
+    def _timed(self) -> list[float]:
         make: Any = torch.cuda.Event
         sleep: Any = torch.cuda._sleep
         events = [make(enable_timing=True) for _ in range(len(self.launches) + 1)]
@@ -53,6 +61,6 @@ class _EventStopwatch(Stopwatch):
 def stopwatch(launches: list[Launch], target: Target) -> Stopwatch:
     """Without Python between the steps where all of them are native, and by events on a GPU."""
     if target.device.type == "cuda":
-        return _EventStopwatch(launches)
+        return _EventStopwatch(launches, target.device)
     native = target.backend == "cpu" and all(isinstance(launch, extension().Launch) for launch in launches)
     return _NativeStopwatch(launches) if native else Stopwatch(launches)

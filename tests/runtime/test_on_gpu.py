@@ -67,6 +67,12 @@ def test_published_shapes(name: str, batch: int, dtype: torch.dtype) -> None:
     held_to_eager(model, images, runtime(images), dtype)
 
 
+def test_the_call_of_a_published_model_takes_as_long_as_its_steps() -> None:
+    it = Runtime(PrunedViT(shapes.get("snp_deit_small"))).warmup(64).explain(64)
+    steps = sum(step.ms for step in it.steps)
+    assert 0.6 * steps < it.call_ms < 1.4 * steps
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_a_graph_computes_what_its_steps_compute(name: str) -> None:
     steps = Runtime(random_model(SPECS[name]), cuda_graphs=False)
