@@ -143,11 +143,14 @@ def gate(model: PrunedViT, batch: int = 2) -> float:
     chance = torch.Generator().manual_seed(0)
     images = torch.randn(batch, spec.in_chans, *spec.img_size, generator=chance, dtype=torch.float32)
     first = next(model.parameters())
-    single = copy.deepcopy(model).float() if first.dtype in (torch.float16, torch.bfloat16) else model
+    half = first.dtype in (torch.float16, torch.bfloat16)
+    # on the CPU, as the runtime: a GPU's products may be in TF32
+    single = copy.deepcopy(model).cpu() if half or first.device.type != "cpu" else model
+    single = single.float() if half else single
     dtype, training = next(single.parameters()).dtype, model.training
     try:
-        with torch.no_grad():
-            expected = single.eval()(images.to(first.device, dtype)).float().cpu()
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            expected = single.eval()(images.to(dtype)).float()
     finally:
         model.train(training)
     got = Runtime(model, device="cpu", dtype=torch.float32)(images)
