@@ -238,7 +238,9 @@ class _Run:
             progress = {"history": self.history, "step": self.step, "scaler": self.scaler.state_dict()}
             write_state(self.state, self._modules(), self.optimizer, self._identity() | progress)
         if self.state is not None and self.world > 1:
-            dist.barrier()
+            # NCCL's would wait on the current GPU, which need not be the model's
+            own = [self.device.index] if dist.get_backend() == "nccl" and self.device.index is not None else None
+            dist.barrier(device_ids=own)
 
 
 def _join_processes(device: torch.device) -> tuple[int, int]:

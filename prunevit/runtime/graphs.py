@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 import weakref
 from collections import defaultdict
@@ -104,6 +105,18 @@ def _new_stream() -> torch.cuda.Stream:
     return stream
 
 
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Garbage may hold graphs and events, whose end would break a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 class CudaGraphs(OnStreams):
     """On a GPU, a CUDA graph a program. The graphs share a memory pool: they take turns, and leave nothing in it."""
 
@@ -128,7 +141,7 @@ class CudaGraphs(OnStreams):
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with _capturing, torch.cuda.stream(self._stream):
+        with _capturing, torch.cuda.stream(self._stream), _nothing_collected():
             run()  # libraries have a handle for each thread, and may not make it during a capture
             # thread_local: what other threads of this process do meanwhile is no part of it
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
