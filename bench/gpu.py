@@ -33,8 +33,10 @@ LEFT = "{left}"  # in a command: the seconds that the part has left when the com
 GRACE = 10.0  # seconds for last words, once a command is told that the time is over
 GPU_TESTS = (
     "tests/kernels/gpu", "tests/kernels/cuda/test_on_gpu.py", "tests/runtime/test_on_gpu.py",
-    "tests/latency/test_latency_on_gpu.py", "tests/pruning/test_recover_gpu.py",
+    "tests/nn/test_on_gpu.py", "tests/pruning/test_recover_gpu.py", "tests/pruning/test_prune_gpu.py",
 )  # fmt: skip
+TIMED_TESTS = ("tests/latency/test_latency_on_gpu.py",)  # the GPU is theirs alone
+NONE_CHOSEN = 5  # pytest's status where -k leaves no test
 LOADS = [sys.executable, "-c", "from prunevit_kernels import _cpu, _cuda; _cuda.Device.of(0)"]
 
 
@@ -87,10 +89,11 @@ def part_commands(args: argparse.Namespace, *, built: bool) -> list[list[str]]:
         parallel = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
         chosen = ["-k", args.shapes] if args.shapes else []
         named = re.sub(r"\W+", "-", f"tests-gpu {args.shapes}").strip("-")
-        report = ["-v", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={out}/{named}.xml"]
         # a signal cannot interrupt a process that waits for a kernel which hangs; ending it from a thread can
         patience = ["--timeout=90", "--timeout-method=thread"]
-        return [*build, [sys.executable, "-m", "pytest", *report, *patience, *parallel, *chosen, *GPU_TESTS]]
+        pytest = [sys.executable, "-m", "pytest", *patience, *chosen, "-v", "-m", "gpu", "-p", "no:cacheprovider"]
+        together = [*pytest, f"--junitxml={out}/{named}.xml", *parallel, *GPU_TESTS]
+        return [*build, together, [*pytest, f"--junitxml={out}/{named}-timed.xml", *TIMED_TESTS]]
     tuning = args.out.resolve() / "tuning.json"
     if args.part == "tune":
         tune = [sys.executable, "-m", "prunevit.runtime.tune", f"--batch={args.batch or '1,64,256'}", f"--out={tuning}"]
@@ -148,10 +151,14 @@ def main(argv: list[str]) -> int:
         built = args.built and run(LOADS, extra, until) == 0
         if args.built and not built:
             print("the extensions that were brought along do not load here: building them", flush=True)
+        statuses = [0]
         for command in part_commands(args, built=built):
-            if failed := run(command, extra, until):
-                return failed
-    return 0
+            statuses.append(run(command, extra, until))
+            if statuses[-1] and "pytest" not in command:
+                return statuses[-1]
+    # tests that failed keep no others from running; none chosen is an error where both commands say so
+    failed = [status for status in statuses if status not in (0, NONE_CHOSEN)]
+    return failed[0] if failed else NONE_CHOSEN * (statuses.count(NONE_CHOSEN) == 2)
 
 
 if __name__ == "__main__":

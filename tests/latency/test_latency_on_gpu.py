@@ -13,6 +13,7 @@ from tests.specs import block, random_model, vit
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.timeout(300)  # some thirty compilations
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_budget_on_a_gpu_is_met_by_the_whole_model(dtype: str, tmp_path: Path) -> None:
     assert torch.cuda.is_available(), "tests marked gpu need an NVIDIA GPU that PyTorch sees"
