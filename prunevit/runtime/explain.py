@@ -222,11 +222,6 @@ def _measure(
 ) -> tuple[float, list[float]]:
     """The median time of a whole call, and of each step in its place among the others, in ms."""
     timed = stopwatch(launches, target)
-
-    def wait() -> None:
-        if target.device.type == "cuda":
-            torch.cuda.synchronize(target.device)
-
     for _ in range(2):
         call()
         timed()
@@ -234,10 +229,10 @@ def _measure(
     for _ in range(rounds):
         probe.sample()
         call()  # what follows the probe finds cold caches: that is not what is asked
-        wait()
+        probe.wait()
         start = time.perf_counter()
         call()
-        wait()
+        probe.wait()
         calls.append(1e3 * (time.perf_counter() - start))
         steps.append(timed())
     return statistics.median(calls), [statistics.median(times) for times in zip(*steps)]

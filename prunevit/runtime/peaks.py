@@ -94,18 +94,19 @@ class PeakProbe:
 
     def _seconds(self, call: Callable[[], object]) -> float:
         call()
-        self._wait()
+        self.wait()
         if self.target.device.type == "cuda":
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             first.record()
             call()
             last.record()
-            self._wait()
+            self.wait()
             return float(first.elapsed_time(last)) / 1e3
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Return when all that was launched on a GPU has ended."""
         if self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
