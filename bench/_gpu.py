@@ -220,7 +220,9 @@ def write(kind: str, record: dict[str, Any], out: Path) -> None:
     new = {(row["shape"], row["batch"]) for row in record["rows"]}
     before = json.loads(file.read_text("utf-8")) if file.exists() else {"rows": []}
     rows = [row for row in before["rows"] if (row["shape"], row["batch"]) not in new] + record["rows"]
-    failed = {**before.get("failed", {}), **record.get("failed", {})}
+    again = {shape.partition(".")[0] for shape, _ in new}
+    failed = {name: why for name, why in before.get("failed", {}).items() if name not in again}
+    failed |= record.get("failed", {})
     write_record({**record, "failed": failed, "rows": rows}, file)
     plot(rows, file.with_suffix(".png"))
 

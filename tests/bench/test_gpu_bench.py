@@ -214,6 +214,18 @@ def test_rows_have_ratios_floors_and_goals(tmp_path: Path) -> None:
     assert (tmp_path / "model-nvidia-h100-80gb.png").stat().st_size > 1000
 
 
+def test_reasons_of_an_earlier_run_go_with_its_rows(tmp_path: Path) -> None:
+    peers = [peer("prunevit", 2.0, costs=[[(1e12, 0, 0)]]), peer("eager", 9.0)]
+    peaks = {"flops": 1e15, "bandwidth": 1e12, "exps": 1e12}
+    for name, failed in (("snp_deit_tiny", "late"), ("snp_deit_small", "late"), ("snp_deit_tiny", "")):
+        rows = _gpu.rows_of("model", [{"name": name, "batch": 1}], peers, peaks)
+        reasons = {name: {"compile max-autotune": failed}} if failed else {}
+        _gpu.write("model", {"environment": {"gpu": "a GPU"}, "failed": reasons, "rows": rows}, tmp_path)
+    written = json.loads((tmp_path / "model-a-gpu.json").read_text())
+    assert written["failed"] == {"snp_deit_small": {"compile max-autotune": "late"}}
+    assert {row["shape"] for row in written["rows"]} == {"snp_deit_tiny", "snp_deit_small"}
+
+
 def test_what_overlapping_gains_is_found_within_rounds() -> None:
     works = [{"name": "snp_deit_tiny", "batch": 1}]
     ours, early = peer("prunevit", 1.0, costs=[[(1e12, 0, 0)]]), peer(_works.OVERLAPPING, 1.0, costs=[[(1e12, 0, 0)]])
