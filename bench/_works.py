@@ -90,13 +90,13 @@ def goals(kind: str, work: Work) -> tuple[float | None, float | None, tuple[str,
     """DESIGN's, on an H100: how many times the best peer, which share of the floor (at batch 256 alone), and the peers
     that the first is about: it says nothing where one of them is missing."""
     batch = work["batch"]
+    large = batch == 256
     if kind == "ragged_attention":
         hurt = work["name"] in HURT_BY_PADDING
-        return (2.0, 0.6 if batch == 256 else None, ("sdpa padded",)) if hurt else (1.0, None, ("sdpa padded",))
+        return 2.0 if hurt else 1.0, 0.6 if hurt and large else None, ("sdpa padded",)
     if kind == "fused_mlp":
-        peers = ("eager", "inductor max-autotune")
         narrow = work["f"] <= 1.6 * work["e"]
-        return (1.3, 0.7 if batch == 256 else None, peers) if narrow else (1.0, None, peers)
+        return 1.3 if narrow else 1.0, 0.7 if narrow and large else None, ("eager", "inductor max-autotune")
     if kind == "model" and batch == 1:
         return 2.0, None, ("compile reduce-overhead",)
     if kind == "model" and batch in (64, 256):

@@ -89,9 +89,10 @@ def part_commands(args: argparse.Namespace, *, built: bool) -> list[list[str]]:
         parallel = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
         chosen = ["-k", args.shapes] if args.shapes else []
         named = re.sub(r"\W+", "-", f"tests-gpu {args.shapes}").strip("-")
+        # -vv: the project's own options have a -q, and the name of a test that hangs is wanted.
         # a signal cannot interrupt a process that waits for a kernel which hangs; ending it from a thread can
         patience = ["--timeout=90", "--timeout-method=thread"]
-        pytest = [sys.executable, "-m", "pytest", *patience, *chosen, "-v", "-m", "gpu", "-p", "no:cacheprovider"]
+        pytest = [sys.executable, "-m", "pytest", *patience, *chosen, "-vv", "-m", "gpu", "-p", "no:cacheprovider"]
         together = [*pytest, f"--junitxml={out}/{named}.xml", *parallel, *GPU_TESTS]
         return [*build, together, [*pytest, f"--junitxml={out}/{named}-timed.xml", *TIMED_TESTS]]
     tuning = args.out.resolve() / "tuning.json"
@@ -151,14 +152,14 @@ def main(argv: list[str]) -> int:
         built = args.built and run(LOADS, extra, until) == 0
         if args.built and not built:
             print("the extensions that were brought along do not load here: building them", flush=True)
-        statuses = [0]
+        statuses = list[int]()
         for command in part_commands(args, built=built):
             statuses.append(run(command, extra, until))
             if statuses[-1] and "pytest" not in command:
                 return statuses[-1]
     # tests that failed keep no others from running; none chosen is an error where both commands say so
-    failed = [status for status in statuses if status not in (0, NONE_CHOSEN)]
-    return failed[0] if failed else NONE_CHOSEN * (statuses.count(NONE_CHOSEN) == 2)
+    failed = next((status for status in statuses if status not in (0, NONE_CHOSEN)), 0)
+    return failed or (NONE_CHOSEN if statuses.count(NONE_CHOSEN) == 2 else 0)
 
 
 if __name__ == "__main__":
