@@ -37,6 +37,9 @@ FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc reports its o
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 if os.environ.get("PRUNEVIT_SANITIZE"):  # `make sanitize`
     FLAGS += [*SANITIZERS, "-O1", "-g1"]
+if sys.platform == "darwin":
+    # a Python for two kinds of processor would compile each source for both, with flags that only one of them knows
+    os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
 ISAS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma"]

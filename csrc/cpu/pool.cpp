@@ -227,8 +227,8 @@ void Pool::run(int items, Body body, const void* context) {
 
 float* allocate_floats(int64_t count) {
     const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 127) / 64 * 64;
-    void* data = aligned_alloc(64, bytes);
-    if (data == nullptr) throw std::bad_alloc();
+    void* data = nullptr;
+    if (posix_memalign(&data, 64, bytes) != 0) throw std::bad_alloc();
     return static_cast<float*>(data);
 }
 

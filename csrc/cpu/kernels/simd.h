@@ -108,11 +108,22 @@ INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 
 INLINE vf vabs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
+// Lane l of the result is lane from[l] of a and b, one after the other.
+INLINE vf shuffle(vf a, vf b, vi from) {
+#if defined(__clang__)
+    vf to;
+    for (int l = 0; l < lanes; ++l) to[l] = from[l] < lanes ? a[from[l]] : b[from[l] - lanes];
+    return to;
+#else
+    return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // Lane l of the result is lane `l ^ by` of v.
 INLINE vf exchange(vf v, int by) {
     vi from;
     for (int l = 0; l < lanes; ++l) from[l] = l ^ by;
-    return __builtin_shuffle(v, from);
+    return shuffle(v, v, from);
 }
 
 // In every lane the sum over all lanes.
@@ -135,8 +146,8 @@ INLINE void transpose(vf (&rows)[lanes]) {
         for (int i = 0; i < lanes; ++i) {
             if (i & h) continue;
             const vf a = rows[i], b = rows[i + h];
-            rows[i] = __builtin_shuffle(a, b, low);
-            rows[i + h] = __builtin_shuffle(a, b, high);
+            rows[i] = shuffle(a, b, low);
+            rows[i + h] = shuffle(a, b, high);
         }
     }
 }
