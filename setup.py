@@ -88,7 +88,7 @@ def cpu_extension() -> Extension:
         include_dirs=[pybind11.get_include(), "csrc"],
         extra_compile_args=FLAGS,
         extra_link_args=["-pthread", *(flag for flag in FLAGS if "sanitize" in flag)],
-        depends=sorted(map(str, Path("csrc").rglob("*.h"))),
+        depends=sorted(map(str, ["setup.py", *CPU.rglob("*.h"), *CPU.rglob("*.cpp")])),
         language="c++",
     )
 
