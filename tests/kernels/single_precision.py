@@ -72,6 +72,7 @@ LARGE: dict[str, dict[str, Callable[[], Case]]] = {
         "keys_in_three_blocks": partial(attention_case, [13, 40], [12, 51], 1, 577),
         "keys_in_five_blocks_one_query": partial(attention_case, [20], [38], 1, 1025, 1),
         "many_images": partial(attention_case, [13, 5, 8], [12, 16, 3], 9, 35),
+        "many_keys": partial(attention_case, [64], [64], 1, 4097, 100),
     },
     "norm_linear": {
         "a_lone_third_vector": partial(norm_linear, 33, 33, 2, 60),
@@ -101,6 +102,8 @@ LARGE: dict[str, dict[str, Callable[[], Case]]] = {
     "pool_head": {
         "imagenet": partial(pool_head, 153, 1000, "token", 2, 197),
         "every_token_of_many": partial(pool_head, 21, 33, "none", 2, 80, fc_norm=True),
+        "mean": partial(pool_head, 192, None, "avg", 2, 197, norm=False),
+        "mean_of_many": partial(pool_head, 65, 33, "avgmax", 2, 4097, fc_norm=True),
     },
     "token_scores": {
         "published": partial(scores_case, [13] * 6, 1, 197, "max_attention", False),

@@ -34,6 +34,10 @@ def test_cpu_on_drawn_shapes(e: int, classes: int | None, pool: Pool, b: int, n:
     run_drawn(make(e, classes, pool, b, n, norm, after and pool != "tokens"))
 
 
+def test_more_rows_than_an_int_has_products_of() -> None:
+    run(make(3, 5, "none", 1, 200_000, norm=False))
+
+
 def test_the_reference_leaves_prefix_tokens_out_of_a_mean() -> None:
     x, weight = torch.randn(2, 5, 3).double(), torch.randn(4, 3).double()
     torch.testing.assert_close(pool_head(x, "avg", 2, 1e-6, weight=weight), x[:, 2:].mean(1) @ weight.T)

@@ -75,9 +75,16 @@ INLINE auto instance(int m, int vectors, const Of& of) {
     return of(std::integral_constant<int, M>(), std::integral_constant<int, V>());
 }
 
-// Equal tiles: rows [tile_start(i), tile_start(i + 1)) of `rows` cut into tiles of at most `most`.
-INLINE int tile_count(int rows, int most) { return (rows + most - 1) / most; }
-INLINE int tile_start(int rows, int tiles, int i) { return rows * i / tiles; }
+// `rows` cut into tiles of at most `most`, as equal as can be: the first `longer` have a row more than the others.
+struct Tiles {
+    int count, rows, longer;
+    int start(int i) const { return i * rows + (i < longer ? i : longer); }
+    int size(int i) const { return rows + (i < longer); }
+};
+INLINE Tiles tiles_of(int rows, int most) {
+    const int count = (rows + most - 1) / most;
+    return {count, rows / count, rows % count};
+}
 
 }  // namespace PRUNEVIT_ISA
 }  // namespace prunevit

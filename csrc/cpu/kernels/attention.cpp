@@ -1,6 +1,5 @@
 #include "attention.h"
 
-#include "accumulate.h"
 #include "vmath.h"
 
 namespace prunevit {
@@ -30,25 +29,27 @@ void weights_tile(const float* k, int qk, const float* q, float* p, float* total
     accumulate<M, V, true>(acc, k, qk, q, qk, {k, 0});
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-        vf sum = load(total + v * lanes);
+        vf sum = {};  // chains of sums as short as a tile keep the rounding error small
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
             const vf weight = exp2(acc.at[i][v]);
             store(p + (i * V + v) * lanes, weight);
             sum += weight;
         }
-        store(total + v * lanes, sum);
+        store(total + v * lanes, load(total + v * lanes) + sum);
     }
 }
 
 template <int M, int V>
 void values_tile(const float* v, int v_dim, int keys, const float* p, float* o, bool add, Ahead ahead) {
-    Tile<M, V> acc;
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-        for (int w = 0; w < V; ++w) acc.at[i][w] = add ? load(o + (i * V + w) * lanes) : vf{};
+    Tile<M, V> acc = {};
     accumulate<M, V, false>(acc, v, v_dim, p, keys, ahead);
+    // Added last, as a product's blocks are.
+    if (add)
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+            for (int w = 0; w < V; ++w) acc.at[i][w] += load(o + (i * V + w) * lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
@@ -60,10 +61,10 @@ using ValuesFunction = void (*)(const float*, int, int, const float*, float*, bo
 
 template <class Of>
 INLINE void by_keys(const Of& of, const float* k, int qk, int keys, const float* q, int vectors, float* s, float* top) {
-    const int tiles = tile_count(keys, rows_of[vectors]);
-    for (int i = 0; i < tiles; ++i) {
-        const int first = tile_start(keys, tiles, i), m = tile_start(keys, tiles, i + 1) - first;
-        const KeysFunction function = instance<3>(m, vectors, of);
+    const Tiles tiles = tiles_of(keys, rows_of[vectors]);
+    for (int i = 0; i < tiles.count; ++i) {
+        const int first = tiles.start(i);
+        const KeysFunction function = instance<3>(tiles.size(i), vectors, of);
         function(k + (int64_t)first * qk, qk, q, s + first * vectors * lanes, top);
     }
 }
@@ -126,10 +127,15 @@ void exponentials(float* s, int keys, int vectors, const float* most, float* tot
     for (int v = 0; v < vectors; ++v) {
         const vf top = load(most + v * lanes);
         vf sum = load(total + v * lanes);
-        for (int k = 0; k < keys; ++k) {
-            const vf p = exp2(load(s + (k * vectors + v) * lanes) - top);
-            store(s + (k * vectors + v) * lanes, p);
-            sum += p;
+        for (int first = 0; first < keys; first += 16) {
+            const int last = first + 16 < keys ? first + 16 : keys;
+            vf part = {};
+            for (int k = first; k < last; ++k) {
+                const vf p = exp2(load(s + (k * vectors + v) * lanes) - top);
+                store(s + (k * vectors + v) * lanes, p);
+                part += p;
+            }
+            sum += part;
         }
         store(total + v * lanes, sum);
     }
@@ -137,10 +143,10 @@ void exponentials(float* s, int keys, int vectors, const float* most, float* tot
 
 void values(const float* v, int v_dim, int keys, const float* p, int vectors, float* o, bool add, Fetch& fetch) {
     const auto of = [](auto m, auto wide) -> ValuesFunction { return values_tile<m.value, wide.value>; };
-    const int tiles = tile_count(v_dim, rows_of[vectors]);
-    for (int i = 0; i < tiles; ++i) {
-        const int first = tile_start(v_dim, tiles, i), m = tile_start(v_dim, tiles, i + 1) - first;
-        const ValuesFunction function = instance<3>(m, vectors, of);
+    const Tiles tiles = tiles_of(v_dim, rows_of[vectors]);
+    for (int i = 0; i < tiles.count; ++i) {
+        const int first = tiles.start(i);
+        const ValuesFunction function = instance<3>(tiles.size(i), vectors, of);
         function(v + first, v_dim, keys, p, o + first * vectors * lanes, add, next_line(fetch, v));
     }
 }

@@ -62,19 +62,19 @@ void scatter_panel(const Linear& l, int p, const float* from, int64_t pitch, int
 
 void multiply_panel(const float* a, int64_t lda, int rows, const float* b, int vectors, int k, const float* next,
                     const Dest& dest) {
-    const int tiles = tile_count(rows, rows_of[vectors]),
-              lines = (vectors * lanes + 15) / 16;  // 16 floats a cache line
+    const Tiles tiles = tiles_of(rows, rows_of[vectors]);
+    const int lines = (vectors * lanes + 15) / 16;  // 16 floats a cache line
     const auto of = [](auto m, auto wide) -> TileFunction { return tile<m.value, wide.value>; };
     Dest d = dest;
-    for (int i = 0; i < tiles; ++i) {
-        const int first = tile_start(rows, tiles, i), m = tile_start(rows, tiles, i + 1) - first;
-        const TileFunction function = instance<max_vectors>(m, vectors, of);
+    for (int i = 0; i < tiles.count; ++i) {
+        const int first = tiles.start(i);
+        const TileFunction function = instance<max_vectors>(tiles.size(i), vectors, of);
         d.c = dest.c + first * dest.ldc;
         if (dest.part != nullptr) d.part = dest.part + first * dest.ldpart;
         // The first tiles share in fetching the next panel, the others fetch what the next panel's results go to, a
         // column of lines each. Spread over many tiles the requests wait for nobody.
-        const bool results = dest.next_c != nullptr && tiles > lines;
-        const int fetching = !results ? tiles : tiles > 2 * lines ? tiles - lines : lines;
+        const bool results = dest.next_c != nullptr && tiles.count > lines;
+        const int fetching = !results ? tiles.count : tiles.count > 2 * lines ? tiles.count - lines : lines;
         const int64_t size = (int64_t)k * vectors * lanes;
         Ahead ahead = {next + size * i / fetching, vectors * lanes / fetching};
         if (i >= fetching) ahead = {dest.next_c + (i - fetching) * 16, dest.ldc};

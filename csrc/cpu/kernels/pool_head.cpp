@@ -14,8 +14,12 @@ struct PoolHeadStep final : Step {
     int64_t pooled_width() const { return op.pooling == Pooling::tokens ? 2 * op.x.cols : op.x.cols; }
     int64_t pitch() const { return round_up(pooled_width(), lanes) + lanes; }
 
-    Need need(int) const override {
-        const int64_t part = pooled_rows() * widest, rows = 3 * round_up(op.x.cols, lanes);
+    RowBlocks blocks(int threads) const {
+        return few_rows(pooled_rows(), threads) ? RowBlocks{pooled_rows(), 1} : row_blocks(pooled_rows(), threads);
+    }
+
+    Need need(int threads) const override {
+        const int64_t part = block_rows(blocks(threads)) * widest, rows = 4 * round_up(op.x.cols, lanes);
         return {part > rows ? part : rows, pooled_rows() * pitch()};
     }
 
@@ -25,9 +29,12 @@ struct PoolHeadStep final : Step {
         each(pool, (int)pooled_rows(),
              [&](int row, float* scratch) { pool_row(row, pooled + row * row_pitch, scratch); });
         if (op.linear == nullptr) return;
-        each(pool, op.linear->panels, [&](int p, float* scratch) {
-            linear_panel(*op.linear, p, pooled, row_pitch, (int)pooled_rows(), Into::linear,
-                         op.out.data + panel_column(*op.linear, p), op.out.pitch, scratch);
+        const RowBlocks rows = blocks(pool.threads());
+        each(pool, op.linear->panels * rows.count, [&](int item, float* scratch) {
+            const int p = item / rows.count, block = item % rows.count;
+            const int64_t first = block_start(rows, block), last = block_start(rows, block + 1);
+            linear_panel(*op.linear, p, pooled + first * row_pitch, row_pitch, (int)(last - first), Into::linear,
+                         op.out.data + first * op.out.pitch + panel_column(*op.linear, p), op.out.pitch, scratch);
         });
     }
 
@@ -56,13 +63,18 @@ struct PoolHeadStep final : Step {
 
     void pool_patches(int64_t image, float* to, float* scratch) const {
         const int e = width();
-        float *one = scratch, *sum = one + round_up(e, lanes), *most = sum + round_up(e, lanes);
+        const int64_t row = round_up(e, lanes), together = 16;  // short chains of sums keep the rounding error small
+        float *one = scratch, *part = one + row, *sum = part + row, *most = sum + row;
+        memset(sum, 0, e * sizeof(float));
         for (int64_t n = op.prefix; n < op.x.rows; ++n) {
+            const bool first = (n - op.prefix) % together == 0, last = (n - op.prefix + 1) % together == 0;
             token(image, n, one);
             for (int i = 0; i < e; ++i) {
-                sum[i] = n == op.prefix ? one[i] : sum[i] + one[i];
+                part[i] = first ? one[i] : part[i] + one[i];
                 most[i] = n == op.prefix || one[i] > most[i] || one[i] != one[i] ? one[i] : most[i];
             }
+            if (last || n + 1 == op.x.rows)
+                for (int i = 0; i < e; ++i) sum[i] += part[i];
         }
         const float share = 1.0f / (float)(op.x.rows - op.prefix);
         for (int i = 0; i < e; ++i) {
