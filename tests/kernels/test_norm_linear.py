@@ -35,6 +35,14 @@ def test_the_reference_normalises_then_multiplies() -> None:
     torch.testing.assert_close(got, normed[:, [6, 0, 2]] @ weight.T + bias)
 
 
+@pytest.mark.parametrize("eps", [1e-12, 1e-6])
+def test_rows_of_one_number_leave_the_bias(eps: float) -> None:
+    x = torch.logspace(-3, 8, 400).view(1, -1, 1).repeat(1, 1, 307)
+    y, bias = torch.full((1, 400, 5), torch.nan), torch.randn(5)
+    NormLinear(307, torch.randn(5, 307) / 18, bias, eps).pack(CPU).bind(x, y)()
+    assert y.isfinite().all()
+
+
 def test_a_buffer_of_another_width_is_refused_before_anything_is_written() -> None:
     packed = NormLinear(7, torch.randn(5, 7), None, 1e-6).pack(CPU)
     y = torch.full((1, 3, 5), 9.0)

@@ -38,7 +38,8 @@ INLINE void normalise_together(const float* x, int64_t x_pitch, int n, float eps
     for (int r = 0; r < count; ++r) {
         left[r] = sum_of(left[r]) * splat(1.0f / (float)n);
         const vf variance = sum_of(squares[r]) * splat(1.0f / (float)n) - left[r] * left[r];
-        scale[r] = splat(1.0f / sqrtf(variance[0] + eps));
+        const float above = variance[0] < 0 ? 0 : variance[0];  // rounding leaves less than nothing; NaN stays
+        scale[r] = splat(1.0f / sqrtf(above + eps));
         left[r] *= scale[r];
     }
     for (int i = 0; i < whole; i += lanes)

@@ -1,6 +1,5 @@
 // How much attention each token receives, summed over heads: QKᵀ once more, in the layers that choose tokens only.
 #include "attention.h"
-#include "vmath.h"
 
 namespace prunevit {
 namespace PRUNEVIT_ISA {
@@ -11,8 +10,7 @@ struct TokenScoresStep final : Step {
 
     Need need(int) const override {
         const int64_t n = op.qkv.rows;
-        const int64_t each =
-            copied_floats(n, widest_head) + (lanes + tile_queries) * n + (widest_head + 2) * tile_queries;
+        const int64_t each = copied_floats(n, widest_head) + 2 * lanes * n + (widest_head + 2) * lanes;
         return {each, op.qkv.batch * op.head_count * n};
     }
 
@@ -35,8 +33,7 @@ struct TokenScoresStep final : Step {
     void one_head(const float* rows, const Head& head, float* to, float* scratch) const {
         const int n = (int)op.qkv.rows, queries = op.rule == Rule::class_attention ? 1 : n;
         float *k = scratch, *best = k + copied_floats(n, widest_head), *s = best + (int64_t)lanes * n;
-        float *qt = s + (int64_t)tile_queries * n, *most = qt + widest_head * tile_queries,
-              *total = most + tile_queries;
+        float *qt = s + (int64_t)lanes * n, *most = qt + widest_head * lanes, *total = most + lanes;
         copy_columns(rows + head.k_at, op.qkv.pitch, n, head.qk, k);
         for (int key = 0; key < n; ++key) store(best + (int64_t)key * lanes, vf{});
         for (int first = 0; first < queries; first += lanes) {
@@ -51,7 +48,8 @@ struct TokenScoresStep final : Step {
             for (int i = count; i < lanes; ++i) scale[i] = 0.0f;  // lanes that hold no query
             for (int key = 0; key < n; ++key) {
                 float* at = best + (int64_t)key * lanes;
-                store(at, vmax(load(at), load(s + (int64_t)key * lanes) * load(scale)));
+                const vf before = load(at), paid = load(s + (int64_t)key * lanes) * load(scale);
+                store(at, before != before ? before : vmax(before, paid));
             }
         }
         for (int key = 0; key < n; ++key) to[key] = max_of(load(best + (int64_t)key * lanes));
