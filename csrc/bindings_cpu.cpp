@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <chrono>
 
 #include "cpu/bound.h"
@@ -36,16 +37,39 @@ std::vector<Head> heads(const std::vector<HeadTuple>& tuples) {
     return all;
 }
 
+// While this lives, other threads run Python. Taking the lock back ends this thread where Python is shutting down and
+// it is a daemon: before 3.14 by unwinding, which must be let through.
+class WithoutGil {
+public:
+    WithoutGil() : state_(PyEval_SaveThread()) {}
+    ~WithoutGil() noexcept(false) { PyEval_RestoreThread(state_); }
+    WithoutGil(const WithoutGil&) = delete;
+    WithoutGil& operator=(const WithoutGil&) = delete;
+
+private:
+    PyThreadState* state_;
+};
+
 // A bound op, with the Python objects whose memory it uses.
 struct Launch {
     Bound bound;
     py::object buffers;
 
     void run() const {
-        py::gil_scoped_release release;
+        const WithoutGil release;
         bound.run();
     }
 };
+
+// Binding may have to wait for a program that another thread runs on the same pool.
+template <class Bind>
+Launch launch(py::object buffers, const Bind& bind) {
+    const auto bound = [&] {
+        const WithoutGil release;
+        return bind();
+    };
+    return {bound(), std::move(buffers)};
+}
 
 // Bound ops run one after the other in one call, holding their pool throughout.
 class Program {
@@ -60,14 +84,14 @@ public:
     }
 
     void run() const {
-        py::gil_scoped_release release;
+        const WithoutGil release;
         Session session(*bounds_[0]->pool());
         for (const Bound* bound : bounds_) bound->step().run(*bound->pool());
     }
 
     // Seconds that each took.
     std::vector<double> timed() const {
-        py::gil_scoped_release release;
+        const WithoutGil release;
         Session session(*bounds_[0]->pool());
         std::vector<double> seconds;
         for (const Bound* bound : bounds_) {
@@ -100,6 +124,7 @@ LinearPointer packed_linear(const MatrixTuple& weight, uintptr_t bias, uintptr_t
         for (size_t b = 1; b < k_start.size(); ++b) rises = rises && k_start[b] > k_start[b - 1];
         require(rises, "blocks that cut the inputs", "others");
     }
+    const WithoutGil release;
     return std::make_shared<PackedLinear>(Weight{w.data, w.rows, w.cols, w.pitch, floats(bias), floats(gamma)},
                                           std::move(reads), std::move(writes), std::move(k_start));
 }
@@ -137,7 +162,13 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<PackedLinear, LinearPointer>(m, "PackedLinear")
         .def(py::init(&packed_linear), py::arg("weight"), py::arg("bias"), py::arg("gamma"), py::arg("reads"),
              py::arg("writes"), py::arg("k_start"))
-        .def("column_blocks", &PackedLinear::column_blocks, py::arg("max_columns"));
+        .def(
+            "column_blocks",
+            [](const PackedLinear& linear, int max_columns) {
+                require(max_columns >= 1, "at least one column a block", std::to_string(max_columns));
+                return linear.column_blocks(max_columns);
+            },
+            py::arg("max_columns"));
 
     py::class_<Stem, std::shared_ptr<Stem>>(m, "Stem").def(
         py::init([](Vector positions, Vector prefix, Vector embed_norm, Vector pre_norm) {
@@ -160,30 +191,32 @@ PYBIND11_MODULE(_cpu, m) {
 
     m.def("norm_linear", [](py::object buffers, PoolPointer pool, LinearPointer linear, const MatrixTuple& x,
                             const MatrixTuple& y, float eps) {
-        return Launch{bind_norm_linear(pool, linear, matrix(x), matrix(y), eps), std::move(buffers)};
+        return launch(std::move(buffers), [&] { return bind_norm_linear(pool, linear, matrix(x), matrix(y), eps); });
     });
-    m.def("linear_residual",
-          [](py::object buffers, PoolPointer pool, LinearPointer linear, const MatrixTuple& c, const MatrixTuple& x) {
-              return Launch{bind_linear_residual(pool, linear, matrix(c), matrix(x)), std::move(buffers)};
-          });
+    m.def("linear_residual", [](py::object buffers, PoolPointer pool, LinearPointer linear, const MatrixTuple& c,
+                                const MatrixTuple& x) {
+        return launch(std::move(buffers), [&] { return bind_linear_residual(pool, linear, matrix(c), matrix(x)); });
+    });
     m.def("fused_mlp", [](py::object buffers, PoolPointer pool, LinearPointer fc1, LinearPointer fc2,
                           const MatrixTuple& x, Activation act, float eps) {
-        return Launch{bind_fused_mlp(pool, fc1, fc2, matrix(x), act, eps), std::move(buffers)};
+        return launch(std::move(buffers), [&] { return bind_fused_mlp(pool, fc1, fc2, matrix(x), act, eps); });
     });
     m.def("ragged_attention", [](py::object buffers, PoolPointer pool, const std::vector<HeadTuple>& table,
                                  const TokensTuple& qkv, const TokensTuple& out) {
-        return Launch{bind_ragged_attention(pool, heads(table), tokens(qkv), tokens(out)), std::move(buffers)};
+        return launch(std::move(buffers),
+                      [&] { return bind_ragged_attention(pool, heads(table), tokens(qkv), tokens(out)); });
     });
     m.def("token_scores", [](py::object buffers, PoolPointer pool, const std::vector<HeadTuple>& table,
                              const TokensTuple& qkv, const MatrixTuple& scores, Rule rule, bool accumulate) {
-        return Launch{bind_token_scores(pool, heads(table), tokens(qkv), matrix(scores), rule, accumulate),
-                      std::move(buffers)};
+        return launch(std::move(buffers), [&] {
+            return bind_token_scores(pool, heads(table), tokens(qkv), matrix(scores), rule, accumulate);
+        });
     });
     m.def("select_tokens", [](py::object buffers, PoolPointer pool, const TokensTuple& x, const MatrixTuple& scores,
                               const TokensTuple& kept_x, const MatrixTuple& kept_scores, int64_t keep, int64_t prefix,
                               bool fuse) {
         const SelectTokens op = {tokens(x), matrix(scores), tokens(kept_x), matrix(kept_scores), keep, prefix, fuse};
-        return Launch{bind_select_tokens(pool, op), std::move(buffers)};
+        return launch(std::move(buffers), [&] { return bind_select_tokens(pool, op); });
     });
     m.def("patch_embed", [](py::object buffers, PoolPointer pool, LinearPointer linear, std::shared_ptr<Stem> stem,
                             uintptr_t images, const std::array<int64_t, 4>& shape, const std::array<int64_t, 2>& patch,
@@ -195,7 +228,7 @@ PYBIND11_MODULE(_cpu, m) {
         op.x = tokens(x);
         op.prefix_count = prefix;
         op.eps = eps;
-        return Launch{bind_patch_embed(pool, linear, stem, op), std::move(buffers)};
+        return launch(std::move(buffers), [&] { return bind_patch_embed(pool, linear, stem, op); });
     });
     m.def("pool_head", [](py::object buffers, PoolPointer pool, LinearPointer linear, std::shared_ptr<Norms> norms,
                           const TokensTuple& x, const MatrixTuple& out, Pooling pooling, int64_t prefix, float eps) {
@@ -205,7 +238,7 @@ PYBIND11_MODULE(_cpu, m) {
         op.pooling = pooling;
         op.prefix = prefix;
         op.eps = eps;
-        return Launch{bind_pool_head(pool, linear, norms, op), std::move(buffers)};
+        return launch(std::move(buffers), [&] { return bind_pool_head(pool, linear, norms, op); });
     });
 
     m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
@@ -220,14 +253,14 @@ PYBIND11_MODULE(_cpu, m) {
     m.def(
         "fma_peak",
         [](int threads, double milliseconds) {
-            py::gil_scoped_release release;
+            const WithoutGil release;
             return fma_peak(threads, milliseconds);
         },
         py::arg("threads"), py::arg("milliseconds"), "Measured multiply-add peak of all threads, FLOP/s.");
     m.def(
         "bandwidth",
         [](int threads, int64_t bytes, double milliseconds) {
-            py::gil_scoped_release release;
+            const WithoutGil release;
             return read_bandwidth(threads, bytes, milliseconds);
         },
         py::arg("threads"), py::arg("bytes"), py::arg("milliseconds"),

@@ -1,7 +1,6 @@
 #include "bound.h"
 
 #include <algorithm>
-#include <array>
 
 namespace prunevit {
 
@@ -59,15 +58,19 @@ void require_writes(const Linear& linear, int64_t cols) {
     require_channels("writes", linear.writes, linear.out, cols);
 }
 
+void require_plain(const Linear& linear) {
+    require(linear.reads == nullptr && linear.writes == nullptr, "a linear without reads and writes", "one with");
+}
+
 void require_heads(const std::vector<Head>& heads, int64_t qkv_cols, int64_t out_cols) {
     require(!heads.empty(), "at least one head", "none");
     for (const Head& head : heads) {
         require(head.qk >= 1 && head.qk <= 128 && head.v >= 1 && head.v <= 128, "head widths from 1 to 128",
                 std::to_string(head.qk) + " and " + std::to_string(head.v));
-        const int64_t first = std::min({head.q_at, head.k_at, head.v_at, head.o_at});
-        const int64_t last = std::max({head.q_at + head.qk, head.k_at + head.qk, head.v_at + head.v});
-        require(first >= 0 && last <= qkv_cols && head.o_at + head.v <= out_cols, "head columns inside their rows",
-                std::to_string(first) + " to " + std::to_string(std::max<int64_t>(last, head.o_at + head.v)));
+        const int64_t q = head.q_at, k = head.k_at, v = head.v_at, o = head.o_at;
+        const int64_t first = std::min({q, k, v, o}), last = std::max({q + head.qk, k + head.qk, v + head.v});
+        require(first >= 0 && last <= qkv_cols && o + head.v <= out_cols, "head columns inside their rows",
+                std::to_string(first) + " to " + std::to_string(std::max(last, o + head.v)));
     }
 }
 
@@ -127,9 +130,10 @@ Bound bind_fused_mlp(std::shared_ptr<Pool> pool, SharedLinear fc1, SharedLinear 
     require_writes(*two, x.cols);
     require(one->writes == nullptr && two->reads == nullptr, "reads of fc1 and writes of fc2", "the other way round");
     require_equal("fc2 to be as deep as fc1 is wide", two->in, one->out);
+    const int width = one->panel * one->lanes;
     for (int b = 1; b < two->blocks; ++b)
-        require(two->k_start[b] % (one->panel * one->lanes) == 0, "blocks of fc2 of whole panels of fc1",
-                std::to_string(two->k_start[b]));
+        require(two->k_start[b] % width == 0 && two->k_start[b] / width < one->panels,
+                "blocks of fc2 of whole panels of fc1", std::to_string(two->k_start[b]));
     return Bound(std::move(pool), kernels().fused_mlp({x, one, two, act, eps}), {fc1, fc2});
 }
 
@@ -182,6 +186,7 @@ Bound bind_select_tokens(std::shared_ptr<Pool> pool, SelectTokens op) {
 Bound bind_patch_embed(std::shared_ptr<Pool> pool, SharedLinear linear, std::shared_ptr<const Stem> stem,
                        PatchEmbed op) {
     const Linear* l = linear->get();
+    require_plain(*l);
     require(op.images != nullptr, "images to have memory", "a null pointer");
     require(std::min({op.batch, op.channels, op.patch_h, op.patch_w}) >= 1, "positive sizes", "zero or less");
     require(op.height >= op.patch_h && op.width >= op.patch_w, "images of at least one patch",
@@ -215,7 +220,10 @@ Bound bind_pool_head(std::shared_ptr<Pool> pool, SharedLinear linear, std::share
     const int64_t pooled = pair ? 2 * op.x.cols : op.x.cols;
     require_equal("one row of out for each pooled token", op.out.rows, every ? op.x.batch * op.x.rows : op.x.batch);
     require_equal("out to be as wide as the head", op.out.cols, linear == nullptr ? pooled : linear->get()->out);
-    if (linear != nullptr) require_equal("the head to read the pooled features", linear->get()->in, pooled);
+    if (linear != nullptr) {
+        require_plain(*linear->get());
+        require_equal("the head to read the pooled features", linear->get()->in, pooled);
+    }
     for (const Vector* norm : {&norms->norm, &norms->fc_norm})
         if (!norm->empty()) require_equal("norms [2, E]", static_cast<int64_t>(norm->size()), 2 * op.x.cols);
     require(!pair || norms->fc_norm.empty(), "no norm after pooling two tokens", "one");

@@ -1,5 +1,5 @@
-// What the ops take: plain structs of pointers, sizes and pitches (in floats). No Python, no torch, no inline
-// functions: this header is read by code compiled for several instruction sets.
+// What the ops take: plain structs of pointers, sizes and pitches (in floats). No Python, no torch, and no function with
+// a loop: this header is read by code compiled for several instruction sets.
 #pragma once
 #include <stdint.h>
 
@@ -124,8 +124,8 @@ struct Kernels {
     Step* (*pool_head)(const PoolHead&);
     // For tests: exp2, sigmoid2, gelu and the like; false for a name that is none of them.
     bool (*apply)(const char* function, const float* x, float* y, int64_t count);
-    double (*fma_seconds)(int64_t rounds);  // seconds that `rounds` rounds of fma_flops() operations take
-    double (*fma_flops)();
+    double (*fma_seconds)(int64_t rounds);  // seconds that `rounds` rounds of fma_flops operations take
+    double fma_flops;
 };
 
 // The kernels of the best instruction set of this machine, or of the one that PRUNEVIT_CPU_ISA names.

@@ -9,6 +9,9 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -143,8 +146,9 @@ void Pool::lock() { state_->busy.lock(); }
 void Pool::unlock() { state_->busy.unlock(); }
 
 void Pool::reserve(int64_t each, int64_t shared) {
-    std::lock_guard<std::mutex> guard(state_->busy);
     each = (each + 15) / 16 * 16;
+    if (each <= scratch_floats_ && shared <= shared_floats_) return;
+    std::lock_guard<std::mutex> guard(state_->busy);
     if (each > scratch_floats_) {
         float* grown = allocate_floats(each * threads_);
         free_floats(scratch_);
@@ -159,20 +163,25 @@ void Pool::reserve(int64_t each, int64_t shared) {
     }
 }
 
-void Pool::start_workers() {
-    for (int thread = 1; thread < threads_; ++thread)
-        state_->workers.emplace_back(&Pool::worker_main, this, state_, thread);
+// Those that are missing: an attempt before may have come to a limit on threads.
+void Pool::start_workers(PoolState& state) {
+    for (int thread = static_cast<int>(state.workers.size()) + 1; thread < threads_; ++thread) try {
+            state.workers.emplace_back(&Pool::worker_main, this, &state, thread);
+        } catch (const std::system_error& error) {
+            throw std::runtime_error("expected to run on " + std::to_string(threads_) + " threads, got " +
+                                     std::to_string(thread) + ": " + error.what());
+        }
 }
 
-void Pool::work(int thread) {
+void Pool::work(PoolState& state, int thread) {
     const FlushDenormals flush;
     float* scratch = scratch_ + thread * scratch_floats_;
     for (int i = 0; i < threads_; ++i) {
-        Range& range = state_->ranges[(thread + i) % threads_];
+        Range& range = state.ranges[(thread + i) % threads_];
         for (;;) {
             const int item = range.next.fetch_add(1, std::memory_order_relaxed);
             if (item >= range.end) break;
-            state_->body(state_->context, item, scratch);
+            state.body(state.context, item, scratch);
         }
     }
 }
@@ -188,7 +197,7 @@ void Pool::worker_main(PoolState* state, int thread) {
         }
         ++seen;
         if (state->stop) return;
-        work(thread);
+        work(*state, thread);
         if (state->pending.fetch_sub(1) == 1 && state->caller_sleeps.load()) {
             std::lock_guard<std::mutex> guard(state->sleep);
             state->done.notify_one();
@@ -203,7 +212,7 @@ void Pool::run(int items, Body body, const void* context) {
         for (int item = 0; item < items; ++item) body(context, item, scratch_);
         return;
     }
-    if (state.workers.empty()) start_workers();
+    if (static_cast<int>(state.workers.size()) + 1 < threads_) start_workers(state);
     state.body = body;
     state.context = context;
     for (int t = 0; t < threads_; ++t) {
@@ -216,7 +225,7 @@ void Pool::run(int items, Body body, const void* context) {
         std::lock_guard<std::mutex> guard(state.sleep);
         state.job.notify_all();
     }
-    work(0);
+    work(state, 0);
     if (!spin(spin_us_, [&] { return state.pending.load(std::memory_order_acquire) == 0; })) {
         std::unique_lock<std::mutex> guard(state.sleep);
         state.caller_sleeps.store(true);

@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include <atomic>
+
 namespace prunevit {
 
 // One job's body: called once for every item, on any thread, with that thread's scratch.
@@ -18,7 +20,7 @@ public:
     Pool& operator=(const Pool&) = delete;
 
     int threads() const { return threads_; }
-    // Grow the scratch, in floats: so much for every thread, so much shared by all.
+    // Grow the scratch, in floats: so much for every thread, so much shared by all. Waits for a running job only if so.
     void reserve(int64_t each, int64_t shared);
     void lock();
     void unlock();
@@ -30,14 +32,14 @@ public:
     void replace_state_after_fork();
 
 private:
-    void start_workers();
-    void work(int thread);
+    void start_workers(PoolState& state);
+    void work(PoolState& state, int thread);
     void worker_main(PoolState* state, int thread);
 
     const int threads_;
     const int spin_us_;
     PoolState* state_;
-    int64_t scratch_floats_ = 0, shared_floats_ = 0;
+    std::atomic<int64_t> scratch_floats_{0}, shared_floats_{0};
     float* scratch_ = nullptr;  // threads_ slices of scratch_floats_
     float* shared_ = nullptr;
 };

@@ -14,6 +14,8 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 }  // namespace
 
 double fma_peak(int threads, double milliseconds) {
+    require(threads >= 1 && milliseconds > 0, "at least one thread and some time",
+            std::to_string(threads) + " and " + std::to_string(milliseconds) + " ms");
     const Kernels& isa = kernels();
     Pool pool(threads, 50);
     Session session(pool);
@@ -26,7 +28,7 @@ double fma_peak(int threads, double milliseconds) {
     pool.run(threads, body, &rounds);  // starts the threads
     const Clock::time_point start = Clock::now();
     pool.run(threads, body, &rounds);
-    return isa.fma_flops() * static_cast<double>(rounds) * threads / seconds_since(start);
+    return isa.fma_flops * static_cast<double>(rounds) * threads / seconds_since(start);
 }
 
 double read_bandwidth(int threads, int64_t bytes, double milliseconds) {
@@ -34,6 +36,7 @@ double read_bandwidth(int threads, int64_t bytes, double milliseconds) {
         const float* data;
         int64_t each;  // floats
     };
+    require(threads >= 1, "at least one thread", std::to_string(threads));
     Pool pool(threads, 50);
     Session session(pool);
     const int64_t each = bytes / 4 / threads / 64 * 64;

@@ -67,7 +67,10 @@ def _same_runs(runs: Sequence[_Run], threads: int) -> bool:
     if threads <= 1:
         return _all_same(runs)
     mine, *others = _parts(runs, -(-total // threads))
-    answers = [_readers.submit(_all_same, part) for part in others]
+    try:
+        answers = [_readers.submit(_all_same, part) for part in others]
+    except RuntimeError:  # the main thread has returned, and executors take no more work
+        return _all_same(runs)
     same = _all_same(mine)
     return all([same, *(answer.result() for answer in answers)])
 

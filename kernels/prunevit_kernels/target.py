@@ -71,12 +71,13 @@ class Target:
         """Columns between the starts of slices in a packed row: 16-byte copies on a GPU, no padding elsewhere."""
         return 8 if self.backend == "cuda" else 1
 
-    @cached_property
+    @property
     def pool(self) -> Any:
         """The threads of the cpu backend. Whatever is packed for one Target object shares them and takes turns."""
         from .cpu import new_pool  # the extension is loaded only by who runs on it
 
-        return new_pool(self.threads)
+        # no cached_property: of two threads that come first, each could have a pool of its own
+        return self.__dict__.get("pool") or self.__dict__.setdefault("pool", new_pool(self.threads))
 
     @cached_property
     def overlaps(self) -> bool:

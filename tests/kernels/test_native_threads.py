@@ -1,17 +1,19 @@
-"""The C++ kernels' door and threads: bad buffers, forks, several callers, several pools, launches run as one."""
+"""The C++ kernels' threads: forks, several callers, several pools, launches run as one, the end of a process."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
-from prunevit_kernels import FusedMlp, Launch, MissingExtension, NormLinear, Target, cpu, fuse
+from prunevit_kernels import FusedMlp, Launch, NormLinear, Target, cpu, fuse
 
 
 def layer(seed: int, target: Target, rows: int = 150) -> tuple[Launch, Tensor, Tensor]:
@@ -120,46 +122,81 @@ def zeros() -> Tensor:
     return torch.zeros(1, 9, 130)
 
 
-def test_the_native_door_refuses_what_would_be_out_of_bounds() -> None:
-    native = cpu.extension()
-    pool, linear = native.Pool(1), cpu.packed_linear(torch.randn(5, 7), None)
-    x, y = torch.randn(3, 7), torch.zeros(3, 5)
-    good = (x.data_ptr(), 3, 7, 7), (y.data_ptr(), 3, 5, 5)
-    native.norm_linear(None, pool, linear, *good, 1e-6)()
-    for bad, message in {
-        ((0, 3, 7, 7), good[1]): "null",
-        ((x.data_ptr(), 3, 7, 6), good[1]): "pitch",
-        ((x.data_ptr(), 3, 6, 7), good[1]): "wide",
-        (good[0], (y.data_ptr(), 2, 5, 5)): "rows",
-        (good[0], (y.data_ptr(), 3, 4, 5)): "wide",
-        ((x.data_ptr(), -3, 7, 7), good[1]): "at least one row",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            native.norm_linear(None, pool, linear, *bad, 1e-6)
-    with pytest.raises(ValueError, match="threads"):
-        native.Pool(0)
-    with pytest.raises(ValueError, match="below 4"):
-        native.norm_linear(
-            None, pool, cpu.packed_linear(torch.randn(5, 2), None, reads=[0, 6]), (x.data_ptr(), 3, 4, 7), good[1], 1e-6
-        )
+LIMITED = """
+import os, resource
+from tests.kernels.test_native_threads import Target, layer
+launch, y, want = layer(0, Target("cpu", threads=8), rows=3000)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+no_limit = resource.RLIM_INFINITY
+resource.setrlimit(resource.RLIMIT_AS, (used + (30 << 20), no_limit))
+try:
+    launch()
+except RuntimeError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (no_limit, no_limit))
+launch()
+print((y - want).abs().max().item() < 1e-4)
+"""
 
 
-def test_a_missing_extension_is_an_error_with_the_command_that_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "prunevit_kernels._cpu", None)
-    with pytest.raises(MissingExtension, match=r"setup\.py build_ext --inplace"):
-        NormLinear(3, torch.ones(2, 3), None, 1e-6).pack(Target("cpu"))
+def after(code: str) -> str:
+    """What a process of its own prints, once it has ended well."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-@pytest.mark.parametrize("isa", ["avx1024", "baseline "])
-def test_an_unknown_instruction_set_is_a_named_error(isa: str) -> None:
-    code = "from prunevit_kernels import _cpu; _cpu.isa()"
-    env = {**os.environ, "PRUNEVIT_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert "IsaError: expected PRUNEVIT_CPU_ISA to be one of" in done.stderr
-    assert f"got {isa}" in done.stderr
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory that keeps a thread from starting is Linux's")
+def test_threads_that_could_not_start_are_an_error_and_start_the_next_time() -> None:
+    first, second = after(LIMITED).splitlines()
+    assert re.match(r"expected to run on 8 threads, got [1-7]: ", first)
+    assert second == "True"
 
 
-def test_the_probes_measure_something() -> None:
-    native = cpu.extension()
-    assert native.fma_peak(1, 5) > 1e8
-    assert native.bandwidth(1, 1 << 20, 5) > 1e7
+def test_a_process_ends_while_a_daemon_is_inside_a_launch() -> None:
+    start = """
+import threading, time
+from tests.kernels.test_native_threads import Target, layer
+launch, *_ = layer(0, Target("cpu", threads=1), rows=3000)
+def forever():
+    while True:
+        launch()
+threading.Thread(target=forever, daemon=True).start()
+time.sleep(0.3)
+print("done")
+"""
+    assert after(start) == "done\n"
+
+
+def test_ops_run_in_a_thread_that_outlives_the_main_one() -> None:
+    start = """
+import threading, torch
+from prunevit_kernels import library
+torch.set_num_threads(2)
+x, weight = torch.randn(1, 50, 768), torch.randn(2304, 768)  # 7 MB, compared on two threads
+def serve():
+    before = library.plain["norm_linear"](x, weight, None, 1e-6)
+    threading.main_thread().join()
+    print(torch.equal(library.plain["norm_linear"](x, weight, None, 1e-6), before))
+threading.Thread(target=serve).start()
+"""
+    assert after(start) == "True\n"
+
+
+def test_binding_does_not_wait_for_another_threads_launch() -> None:
+    target = Target("cpu", threads=1)
+    launch, *_ = layer(0, target, rows=200_000)
+    with ThreadPoolExecutor(1) as caller:
+        running, bound = caller.submit(launch), 0
+        while not running.done():
+            layer(1, target, rows=50)
+            bound += 1
+    assert bound > 3
+
+
+def test_two_first_users_of_a_target_get_one_pool() -> None:
+    for _ in range(20):
+        target, start = Target("cpu", threads=1), threading.Barrier(4)
+        with ThreadPoolExecutor(4) as users:
+            pools = list(users.map(lambda _: (start.wait(), target.pool)[1], range(4)))  # noqa: B023
+        assert len(set(map(id, pools))) == 1

@@ -12,17 +12,17 @@ struct PatchEmbedStep final : Step {
     int64_t across() const { return op.width / op.patch_w; }
     int64_t patches() const { return across() * (op.height / op.patch_h); }
     int64_t pitch() const { return round_up(op.linear->in, lanes) + lanes; }
-    int groups(int threads) const { return few_rows(op.batch * patches(), threads) ? op.linear->panels : 1; }
+    bool few(int threads) const { return few_rows(op.batch * patches(), threads); }
 
     Need need(int threads) const override {
         const int64_t rows = op.batch * patches();
-        const int64_t most = groups(threads) > 1 ? rows : block_rows(row_blocks(rows, threads));
-        return groups(threads) > 1 ? Need{rows * widest, rows * pitch()} : Need{most * (pitch() + widest), 0};
+        if (few(threads)) return {rows * widest, rows * pitch()};
+        return {block_rows(row_blocks(rows, threads)) * (pitch() + widest), 0};
     }
 
     void run(Pool& pool) const override {
         const int64_t rows = op.batch * patches();
-        if (groups(pool.threads()) > 1) {
+        if (few(pool.threads())) {
             float* cut = pool.shared();
             each(pool, (int)rows, [&](int row, float*) { cut_patch(row, cut + row * pitch()); });
             each(pool, op.linear->panels, [&](int p, float* scratch) { multiply(p, cut, 0, rows, scratch); });

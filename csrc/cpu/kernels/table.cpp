@@ -41,8 +41,6 @@ bool apply(const char* name, const float* x, float* y, int64_t count) {
 
 enum { chains = 12, steps = 64 };
 
-double fma_flops() { return 2.0 * chains * steps * lanes; }
-
 // Multiply-adds on registers only, enough of them in flight to fill the units.
 double fma_seconds(int64_t rounds) {
     vf acc[chains];
@@ -62,9 +60,19 @@ double fma_seconds(int64_t rounds) {
 
 #define TEXT_OF(name) #name
 #define TEXT(name) TEXT_OF(name)
-const Kernels all = {TEXT(PRUNEVIT_ISA), lanes,        panel,       norm_linear, linear_residual, fused_mlp,
-                     ragged_attention,   token_scores, patch_embed, pool_head,   apply,           fma_seconds,
-                     fma_flops};
+const Kernels all = {TEXT(PRUNEVIT_ISA),
+                     lanes,
+                     panel,
+                     norm_linear,
+                     linear_residual,
+                     fused_mlp,
+                     ragged_attention,
+                     token_scores,
+                     patch_embed,
+                     pool_head,
+                     apply,
+                     fma_seconds,
+                     2.0 * chains * steps * lanes};
 
 }  // namespace
 
