@@ -61,7 +61,7 @@ def test_the_quickstarts_commands_run(demo_out: Path, monkeypatch: pytest.Monkey
 def test_the_quickstarts_python_runs(demo_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo_out)
     names: dict[str, object] = {}
-    exec(compile(blocks("python")[0], "README.md", "exec"), names)
+    exec(compile(blocks("python")[1], "README.md", "exec"), names)
     assert names["logits"].shape == (4, 10)  # type: ignore[attr-defined]
     assert len(names["best"][0]) == 3  # type: ignore[index]
 
@@ -78,7 +78,7 @@ def test_pruning_a_timm_model_runs_as_written(tmp_path: Path, monkeypatch: pytes
     images = torch.randn(4, 3, 32, 32)
     names: dict[str, object] = {"images": images}
     names["loader"] = DataLoader(TensorDataset(images, torch.arange(4)), batch_size=2)
-    exec(compile(blocks("python")[1], "README.md", "exec"), names)
+    exec(compile(blocks("python")[0], "README.md", "exec"), names)
     assert names["logits"].shape == (4, 1000)  # type: ignore[attr-defined]
 
 
