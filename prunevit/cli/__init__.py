@@ -1,7 +1,7 @@
 """The command line: ``prunevit COMMAND``, or ``python -m prunevit COMMAND``.
 
-One module a command, each with one function ``command`` that imports what it needs when it is called: ``--help`` loads
-no torch. A new command is a module and a line here. Exit codes: 0, 1 for an error with a name, 2 for wrong usage.
+One module per command, each with one function ``command`` that imports what it needs when it is called: ``--help``
+loads no torch. A new command is a module and a line here. Exit codes: 0, 1 for an error with a name, 2 for wrong usage.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def from_masks(
     """The compact model of a timm ViT (or a PrunedViT) under masks; ``model`` is left as it is.
 
     ``masks`` go by name: ``blocks.i.attn`` (queries, keys and values alike), ``blocks.i.attn.qk``, ``blocks.i.attn.v``
-    and ``blocks.i.mlp``; what has no mask is kept. An attention mask is [H, D], one number a head [H] or [H, 1], one
+    and ``blocks.i.mlp``; what has no mask is kept. An attention mask is [H, D], one number per head [H] or [H, 1], one
     for each width of all heads [1, D], [H · D], or ViT-Slim's [1, 1, H, 1, D]; an MLP mask is [F].
 
     ``on="activations"``: a masked number is zero after its linear and activation. ``on="weights"``: only the masked

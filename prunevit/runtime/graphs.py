@@ -118,7 +118,7 @@ def _nothing_collected() -> Iterator[None]:
 
 
 class CudaGraphs(OnStreams):
-    """On a GPU, a CUDA graph a program. The graphs share a memory pool: they take turns, and leave nothing in it."""
+    """On a GPU, a CUDA graph per program. The graphs share a memory pool: they take turns, and leave nothing in it."""
 
     records = True
 

@@ -1,7 +1,8 @@
 """fused_mlp: the second half of a block, in one op.
 
-Buffer: x [B, N, E] is updated in place. Rows may have a pitch; nothing past column E is touched. The hidden
-activations [B, N, F] never reach main memory. The norm's own weight and bias are folded into w1 and b1.
+Buffer: x [B, N, E] is updated in place. Rows may have a pitch; nothing past column E is touched. Kernels
+that are one launch keep the hidden activations [B, N, F] on chip; those of two launches pass them through memory once.
+The norm's own weight and bias are folded into w1 and b1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """ragged_attention on NVIDIA GPUs: one launch for all heads of a layer.
 
 Heads fall into width classes, (16, 16) … (128, 128): a head is computed at the smallest class that covers its Dqk and
-Dv. The kernel holds one specialised body a class and switches between them, so a launch may mix widths; which head is
+Dv. The kernel holds one specialised body per class and switches between them, so a launch may mix widths; which head is
 of which class is data. A *menu* is the tuple of classes that one compiled kernel knows. A layer whose heads are alike
 gets a menu of that one class; mixed layers share the few menus below, so a new model compiles nothing new.
 """
