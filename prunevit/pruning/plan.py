@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._frozen import Document, Frozen
 from ..errors import PruningError, expect
+from ..models import PrunedViT
 from ..spec import BlockSpec, TokenSelect, ViTSpec
 from .groups import Atoms, Group
 
@@ -140,6 +141,21 @@ class Plan(Document):
         return cls.without(dense, {})
 
     @classmethod
+    def of(cls, model: PrunedViT) -> Plan:
+        """What is kept in a model of its first dense one: all, where it was never pruned.
+
+        Raises :class:`PruningError` where the model has other blocks by now than its plan leaves.
+        """
+        if model.plan is None:
+            return cls.keep_all(model.spec)
+        plan = cls.from_dict(model.plan)
+        left, now = plan.spec(), model.spec
+        what = f"the {left.depth} blocks of width {left.embed_dim} that model.plan leaves (None: the model is dense)"
+        got = f"{now.depth} of width {now.embed_dim}, changed since"
+        expect(same_shape(left, now), PruningError, what, got=got)
+        return plan
+
+    @classmethod
     def without(cls, dense: ViTSpec, dropped: Mapping[Group, Iterable[int]], *, rescale_norms: bool = True) -> Plan:
         """All but the dropped units. A head that loses all of its pairs or values is dropped with them."""
         gone: dict[tuple[str, int, int], set[int]] = {}
@@ -204,13 +220,12 @@ class Plan(Document):
         return self.checked(**{**dict(self), "blocks": blocks})
 
     def then(self, inner: Plan) -> Plan:
-        """The plan that does this one and then ``inner``, a plan of the model that this one leaves."""
-        expect(
-            inner.dense == self.spec(),
-            PruningError,
-            "a second plan made for what the first leaves",
-            got="another model",
-        )
+        """The plan that does this one and then ``inner``, a plan of the model that this one leaves.
+
+        Classes, pooling and image size are those that ``inner`` knows: the model may have got others since.
+        """
+        fits = same_shape(inner.dense, self.spec())
+        expect(fits, PruningError, "a second plan made for what the first leaves", got="another model")
         blocks = []
         for outer, second in zip(self.blocks, inner.blocks):
             blocks.append(
@@ -227,7 +242,7 @@ class Plan(Document):
                 )
             )
         return self.checked(
-            dense=self.dense,
+            dense=inner.dense.replace(embed_dim=self.dense.embed_dim, blocks=self.dense.blocks),
             channels=_pick(self.channels, inner.channels),
             norm_gain=self.norm_gain * inner.norm_gain,
             blocks=tuple(blocks),

@@ -22,6 +22,7 @@ from .cp_vit import CPViT, EViT
 from .groups import check_kinds
 from .method import Batches, Data, Job, Method
 from .options import check_types
+from .plan import Plan
 from .provenance import with_pruning
 from .ranking import Ranking
 from .recover import Step
@@ -86,6 +87,7 @@ def prune(
     expect(fits, PruningError, "data= of batches, such as a DataLoader", got=type(data).__name__)
     stages = _stages(methods, {name: value for name, value in options.items() if name not in _RANKING})
     dense = as_pruned(model)
+    Plan.of(dense)  # refuses a model that its plan no longer describes, before anything is scored
     for name, weight in dense.named_parameters():
         expect(bool(weight.isfinite().all()), PruningError, f"finite weights in {name}", got="NaN or infinity")
     if isinstance(shape, str):

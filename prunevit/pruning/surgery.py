@@ -26,7 +26,7 @@ def compact(model: nn.Module, plan: Plan) -> PrunedViT:
     dense = as_pruned(model)
     fits = same_shape(dense.spec, plan.dense)
     expect(fits, PruningError, "a plan made for a model of this shape", got=f"one of width {plan.dense.embed_dim}")
-    left = plan.spec()
+    before, left = Plan.of(dense), plan.spec()
     weights = dense.state_dict()
     # no initialisation, which would draw on the caller's chance: every tensor is a copy of the dense model's
     small = PrunedViT(dense.spec.replace(embed_dim=left.embed_dim, blocks=left.blocks), device="meta")
@@ -41,8 +41,7 @@ def compact(model: nn.Module, plan: Plan) -> PrunedViT:
         state[name] = weight * plan.norm_gain if name in gains else weight.clone()
     small.load_state_dict(state, assign=True)
     small.to(weights["patch_embed.proj.weight"].device)  # lists of channels are no part of the state
-    before = None if dense.plan is None else Plan.from_dict(dense.plan)
-    small.plan = (plan if before is None else before.then(plan)).to_dict()
+    small.plan = before.then(plan).to_dict()
     small.provenance, small.pretrained_cfg = dict(dense.provenance), dict(dense.pretrained_cfg)
     return small.train(dense.training)
 

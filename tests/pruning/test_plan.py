@@ -13,6 +13,7 @@ from prunevit.errors import PruningError
 from prunevit.models import PrunedViT
 from prunevit.pruning.groups import KINDS, Group, Kind, groups_of
 from prunevit.pruning.plan import Plan
+from prunevit.pruning.prune import prune
 from prunevit.pruning.surgery import compact
 from prunevit.spec import ViTSpec
 from tests.specs import SPECS, block, random_images, random_model, select, vit
@@ -199,6 +200,33 @@ def test_a_reset_classifier_keeps_the_plan_usable() -> None:
     small.reset_classifier(3)
     images = random_images(spec)
     same(outputs(plan.lift(small), images), outputs(small, images))
+
+
+@pytest.mark.parametrize("change", ["classes", "no_classes", "image"])
+def test_a_model_changed_outside_its_blocks_can_be_pruned_again(change: str) -> None:
+    model = random_model(SPECS["uniform"]).double()
+    once = compact(model, random_plan(model.spec, ("head", "mlp", "channel")))
+    if change == "image":
+        once.set_input_size((20, 24))
+    else:
+        once.reset_classifier(3 if change == "classes" else 0)
+    images = random_images(once.spec)
+    plan = Plan.without(once.spec, random_drop(once.spec, ("qk", "v", "mlp")))
+    twice = compact(once, plan.with_selection([None, select("mlp", once.spec.num_patches - 1)]))
+    both = Plan.of(twice)
+    assert both.spec() == twice.spec
+    assert both.dense.blocks == model.spec.blocks
+    lifted = outputs(both.lift(twice), images)
+    same(lifted if change != "no_classes" else lifted[..., list(both.channels)], outputs(twice, images))
+
+
+def test_a_model_of_other_blocks_is_refused_before_it_is_scored() -> None:
+    once = prune(random_model(SPECS["uniform"]), "magnitude", {"macs": "70%"})
+    once.prune_intermediate_layers([0])
+    with pytest.raises(PruningError, match=r"the 2 blocks of width 32 that model\.plan leaves .* got 1 of width"):
+        prune(once, "snp", {"macs": "70%"}, data=iter([]))
+    once.plan = None
+    assert prune(once, "magnitude", {"macs": "70%"}).spec.depth == 1
 
 
 def test_json_round_trip() -> None:
