@@ -103,7 +103,7 @@ def _auto(scorer: str, in_rounds: bool = False) -> Method:
 
 
 def _show(probe: Probe) -> None:
-    print(f"  auto: round {probe.round} {probe.part} {probe.ratio:.3f} -> {probe.accuracy:.1%} at {probe.cost:.1%}")
+    print(f"  auto: round {probe.round} {probe.part} {probe.gone:.3f} -> {probe.accuracy:.1%} at {probe.cost:.1%}")
 
 
 METHODS: dict[str, Method] = {

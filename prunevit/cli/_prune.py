@@ -166,7 +166,9 @@ def _show_step(bar: Bar, step: Step) -> None:
 
 
 def _told(probe: Probe) -> str:
-    return f"round {probe.round}, {probe.part} {probe.ratio:.1%}: {probe.accuracy:.1%} right at cost {probe.cost:.1%}"
+    return (
+        f"round {probe.round}, {probe.part} {probe.gone:.1%} gone: {probe.accuracy:.1%} right at cost {probe.cost:.1%}"
+    )
 
 
 def _report(request: Request, dense: PrunedViT, pruned: PrunedViT, options: Mapping[str, Any]) -> dict[str, Any]:

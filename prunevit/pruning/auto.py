@@ -14,6 +14,8 @@ Our reading, for any scorer:
 
 Accuracy is not monotone in the ratio: the far end is tried first, and taken if it holds; bisection keeps an end that
 was measured to hold. The drop counts from the model that the round starts from, or from the dense one (``against``).
+A ratio is of each group in the given model, rounded up to units; where a step is less than a unit, the next unit is
+tried. The journal has the share of the part that is gone beside the ratio: less of it where units are protected.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import BudgetError, PruningError, expect
 from ..models import PrunedViT
+from ..spec import ViTSpec
 from .budget import Budget
 from .groups import Kind, check_kinds, groups_of
 from .journal import Journal, Probe
@@ -120,40 +123,44 @@ class _Search:
     def _largest(self, part: str, step: float, bound: float, plan_of: Callable[[float], Plan | None]) -> Probe | None:
         """The largest ratio found that holds, by bisection between what is and one step further."""
         low, high = self.ratio[part], min(1.0, self.ratio[part] + step)
-        best: Probe | None = None
-        for n in range(self.options.probes + 1):
-            ratio = high if n == 0 else (low + high) / 2
+        while (plan := plan_of(high)) is None:  # not a unit of this part goes at so small a step
+            if high == 1.0:
+                return None
+            low, high = high, min(1.0, high + step)
+        probe = self._measure(part, high, plan)
+        if probe.accuracy >= bound:
+            return probe
+        held, refused = None, plan
+        for _ in range(self.options.probes):
+            ratio = (low + high) / 2
             plan = plan_of(ratio)
-            if plan is None:  # nothing of this part goes at so small a step
-                low = ratio
-                continue
-            probe = self._measure(part, ratio, plan)
-            if probe.accuracy >= bound:
-                best, low = probe, ratio
-                if n == 0:
-                    break
-            else:
+            if plan == refused:
                 high = ratio
-        return best
+            elif plan is None:
+                low = ratio
+            elif (probe := self._measure(part, ratio, plan)).accuracy >= bound:
+                held, low = probe, ratio
+            else:
+                refused, high = plan, ratio
+        return held
 
     def _planner(self, part: str) -> Callable[[float], Plan | None]:
-        """From a share of the dense units to a plan of the present model; scores are computed once."""
+        """From a share of the given model's units to a plan of the present one; scores are computed once."""
         spec, ranking = self.model.spec, replace(self.job.budget.ranking, groups=self.kinds[part], pruning_ratio=None)
         groups = groups_of(spec, self.kinds[part])
         if not groups:
             return lambda ratio: None
         with evaluating(self.model):
             scores = self.scorer.score(self.model, groups, self.job.data, self.job.seed)
-        start = self.ratio[part]
+        first = replace(self.job, model=self.model).first(groups)
 
         def plan_of(ratio: float) -> Plan | None:
-            share = (ratio - start) / (1 - start) if start < 1 else 0.0
-            plan = Budget(ranking=replace(ranking, pruning_ratio=share)).plan(spec, scores)
+            plan = Budget(ranking=replace(ranking, pruning_ratio=ratio)).plan(spec, scores, first)
             if plan == Plan.keep_all(spec):
                 return None
             if self.job.budget.met(plan.spec()):
                 # far enough: no further than the budget asks
-                return Budget(self.job.budget.limits, ranking).plan(spec, scores)
+                return Budget(self.job.budget.limits, ranking).plan(spec, scores, first)
             return plan
 
         return plan_of
@@ -177,11 +184,19 @@ class _Search:
             model = compact(self.model, what) if isinstance(what, Plan) else what
             assert self.job.validation is not None
             share = self.first.cost(model.spec) / self.first.dense
-            probe = Probe(self.round, part, ratio, accuracy(model, self.job.validation), share)
+            gone = self._gone(part, model.spec)
+            probe = Probe(self.round, part, ratio, gone, accuracy(model, self.job.validation), share)
             self.journal.add(probe)
         if self.options.on_probe is not None:
             self.options.on_probe(probe)
         return probe
+
+    def _gone(self, part: str, spec: ViTSpec) -> float:
+        """The share of the given model's units of a part that a spec lacks."""
+        assert self.job.given is not None
+        kinds = self.kinds.get(part, ())
+        have, had = (sum(group.size for group in groups_of(of, kinds)) for of in (spec, self.job.given.spec))
+        return 1 - have / had if had else 0.0
 
     def _identity(self) -> dict[str, Any]:
         options = self.options

@@ -93,12 +93,15 @@ class Budget:
             return _differing(spec, self.shape)
         return self.ranking.groups or tuple(k for k in default if k != "channel" or spec.attn_pool is None)
 
-    def plan(self, dense: ViTSpec, scores: Scores) -> Plan:
-        """The plan that drops the lowest units, as few as meet every limit."""
+    def plan(self, dense: ViTSpec, scores: Scores, first: Mapping[Group, Group] | None = None) -> Plan:
+        """The plan that drops the lowest units, as few as meet every limit.
+
+        ``first`` has groups as they were in the model that ratios count from, where that is not ``dense``.
+        """
         if self.shape is not None:
             return _to_shape(dense, self.shape, scores, self.ranking.rescale_norms)
-        fixed, order = self.ranking.order(scores)
-        return _Search(dense, self, fixed, order).run()
+        fixed, order = self.ranking.order(scores, first)
+        return _Search(dense, self, fixed, order, sorted({group.kind for group in scores})).run()
 
     def met(self, spec: ViTSpec) -> bool:
         return all(limit.met(spec) for limit in self.limits)
@@ -116,8 +119,10 @@ def mappings_of(constraints: Constraints | Sequence[Constraints] | None) -> list
 class _Search:
     """Bisection over how many bundles go, then restoring what a last, large one took too much."""
 
-    def __init__(self, dense: ViTSpec, budget: Budget, fixed: dict[Group, list[int]], order: list[Bundle]) -> None:
-        self.dense, self.budget, self.fixed, self.order = dense, budget, fixed, order
+    def __init__(
+        self, dense: ViTSpec, budget: Budget, fixed: list[Bundle], order: list[Bundle], kinds: Sequence[Kind]
+    ) -> None:
+        self.dense, self.budget, self.fixed, self.order, self.kinds = dense, budget, fixed, order, kinds
 
     def run(self) -> Plan:
         few, many = 0, len(self.order)
@@ -134,9 +139,9 @@ class _Search:
         return self.restore(self.order[:many])
 
     def drop(self, bundles: list[Bundle]) -> Plan:
-        dropped = {group: list(units) for group, units in self.fixed.items()}
-        for bundle in bundles:
-            dropped[bundle.group] += bundle.units
+        dropped: dict[Group, list[int]] = {}
+        for bundle in (*self.fixed, *bundles):
+            dropped.setdefault(bundle.group, []).extend(bundle.units)
         return Plan.without(self.dense, dropped, rescale_norms=self.budget.ranking.rescale_norms)
 
     def restore(self, gone: list[Bundle]) -> Plan:
@@ -158,10 +163,9 @@ class _Search:
 
     def expect_reachable(self) -> None:
         floor = self.drop(self.order).spec()
-        kinds = sorted({bundle.group.kind for bundle in self.order} | {g.kind for g in self.fixed})
         remedy = "allow more groups, or less min_kept, max_pruning_ratio or ignored_layers"
         for limit in self.budget.limits:
-            limit.expect_reachable(floor, f"{', '.join(kinds)} unit", remedy)
+            limit.expect_reachable(floor, f"{', '.join(self.kinds)} unit", remedy)
 
 
 def costs_by_name(constraints: Iterable[str], cost: Cost | Mapping[str, Cost] | None) -> dict[str, Cost]:

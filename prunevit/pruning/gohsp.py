@@ -140,7 +140,7 @@ class SoftPruning:
         """Z = Π(W + U) of a stage, U += W − Z; and the plan that Π is for."""
         ahead = {name: w + self.u[name] for name, w in self.weights.items()}
         norms = group_norms({**dict(self.model.named_parameters()), **ahead}, self.groups, self.model)
-        plan = self.job.budget.plan(self.model.spec, {**self.ranked, **norms})
+        plan = self.job.plan({**self.ranked, **norms})
         kept, axes = plan.kept_atoms(), Atoms.of(self.model.spec).axes()
         rest = 1 - stage / self.method.stages
         for name, w in ahead.items():

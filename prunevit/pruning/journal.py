@@ -14,11 +14,14 @@ from ..errors import CheckpointError, expect
 
 @dataclass(frozen=True)
 class Probe:
-    """One model that a search looked at: the share of ``part`` that would be gone, and what that model is worth."""
+    """One model that a search looked at: the ratio of ``part`` that was asked for, the share of the given model's units
+    of that part that is ``gone`` in it, and what it is worth.
+    """
 
     round: int
     part: str  # "mhsa" or "ffn"; "start" for the model that a round starts from
     ratio: float
+    gone: float
     accuracy: float
     cost: float  # of the first constraint, as a share of the dense model's
     committed: bool = False
@@ -88,7 +91,7 @@ def plot_journal(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> N
     way = [probe for probe in probes if probe.committed or (probe.part == "start" and probe.round == 0)]
     axes.plot([100 * p.cost for p in way], [100 * p.accuracy for p in way], color="black", label="committed")
     for probe in way[1:]:
-        axes.annotate(f"{probe.part} {probe.ratio:.0%}", (100 * probe.cost, 100 * probe.accuracy), fontsize=7)
+        axes.annotate(f"{probe.part} {probe.gone:.0%}", (100 * probe.cost, 100 * probe.accuracy), fontsize=7)
     axes.invert_xaxis()
     axes.set_xlabel(f"{header.get('cost', 'cost')}, % of dense")
     axes.set_ylabel("held-out accuracy, %")

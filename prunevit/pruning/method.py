@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..errors import PruningError, expect
 from ..models import PrunedViT
 from .budget import Budget
-from .groups import KINDS, Group, Kind, groups_of
+from .groups import KINDS, Group, Kind, Scores, groups_of
+from .plan import Plan, origins
 from .surgery import compact
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Job:
     """One pruning: the model (left as it is), how much goes, what to measure on, and the seed of all chance.
 
     ``data`` is for scores; ``train`` for methods that train, ``validation`` for those that look at accuracy. A recipe's
-    own seed goes before ``seed``. ``on_step`` is called with each training step, whichever training it is of.
+    own seed goes before ``seed``. ``on_step`` is called with each training step, whichever training it is of. ``given``
+    is the model that ratios count from, where ``model`` is what earlier methods or rounds left of it.
     """
 
     model: PrunedViT
@@ -41,6 +43,21 @@ class Job:
     train: Batches | None = None
     validation: Batches | None = None
     on_step: Callable[[Step], None] | None = None
+    given: PrunedViT | None = None
+
+    def __post_init__(self) -> None:
+        if self.given is None:
+            object.__setattr__(self, "given", self.model)
+
+    def plan(self, scores: Scores) -> Plan:
+        """The plan that the budget and the scores make."""
+        return self.budget.plan(self.model.spec, scores, self.first(scores))
+
+    def first(self, groups: Iterable[Group]) -> dict[Group, Group]:
+        """Each group of the model as it was in the given one; none where that is the model itself."""
+        if self.given is None or self.given is self.model:
+            return {}
+        return origins(Plan.of(self.given), Plan.of(self.model), groups)
 
     def training_data(self, of: str) -> Batches:
         """``train``, for what ``of`` says. Raises :class:`PruningError` where there is none."""
@@ -75,7 +92,7 @@ class Scorer(Method):
         groups = groups_of(spec, kinds)
         with evaluating(job.model):
             scores = self.score(job.model, groups, job.data, job.seed)
-        return compact(job.model, job.budget.plan(spec, scores))
+        return compact(job.model, job.plan(scores))
 
     def expect_supported(self, kinds: Sequence[Kind]) -> None:
         name, others = type(self).__name__.lower(), [kind for kind in kinds if kind not in self.supports]

@@ -14,7 +14,7 @@ from .._frozen import Document, Frozen
 from ..errors import PruningError, expect
 from ..models import PrunedViT
 from ..spec import BlockSpec, TokenSelect, ViTSpec
-from .groups import Atoms, Group
+from .groups import KINDS, Atoms, Group, groups_of
 
 Index = Annotated[int, Field(ge=0, lt=2**18)]
 Indices = Annotated[tuple[Index, ...], Field(max_length=2**18)]
@@ -266,6 +266,16 @@ class Plan(Document):
 def same_shape(a: ViTSpec, b: ViTSpec) -> bool:
     """Whether two specs have the same prunable widths; classes, pooling and image size may differ."""
     return a.embed_dim == b.embed_dim and a.blocks == b.blocks
+
+
+def origins(given: Plan, now: Plan, groups: Iterable[Group]) -> dict[Group, Group]:
+    """Each group of what ``now`` leaves as it is in what ``given`` leaves, an earlier plan of the same dense model."""
+
+    def place(plan: Plan, group: Group) -> tuple[str, int]:
+        return group.layer, plan.blocks[group.block].heads[group.head] if group.head >= 0 else -1
+
+    before = {place(given, group): group for group in groups_of(given.spec(), KINDS)}
+    return {group: before[place(now, group)] for group in groups}
 
 
 def _pick(indices: Sequence[int], places: Sequence[int] | None) -> tuple[int, ...]:

@@ -88,6 +88,8 @@ def prune(
     stages = _stages(methods, {name: value for name, value in options.items() if name not in _RANKING})
     dense = as_pruned(model)
     Plan.of(dense)  # refuses a model that its plan no longer describes, before anything is scored
+    kinds = {kind for stage in stages for kind in stage.groups or ranking.groups or stage.method.groups}
+    ranking.expect_patterns(dense.spec, kinds)
     for name, weight in dense.named_parameters():
         expect(bool(weight.isfinite().all()), PruningError, f"finite weights in {name}", got="NaN or infinity")
     if isinstance(shape, str):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import attrgetter
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PruningError, expect
-from .groups import KINDS, Group, Kind, Scores, check_kinds, matches
+from ..spec import ViTSpec
+from .groups import KINDS, Group, Kind, Scores, check_kinds, groups_of, matches
 
 Normalizer = Literal["mean", "sum", "max", "standardization", "gaussian", "lamp"]
 Floats: TypeAlias = NDArray[np.float64]
 
+_TINY = 1e-9  # 64 · (1 − 0.8) is 12.799…, but 10 · (1 − 0.9) should be 1
 _NEVER_EMPTY = ("qk", "v", "channel", "read")  # without its last one, a head or a model has no meaning
 
 
@@ -37,7 +42,9 @@ class Ranking:
     all units, each score divided within its layer as ``normalizer`` says (None: raw scores).
     ``pruning_ratio`` drops a fixed share first: of every group, or by address pattern (``{"blocks.0.*": 0.2, "qk":
     0.5}``, the last match counts); a constraint then takes what it needs beyond. ``max_pruning_ratio`` bounds the share
-    that any group loses, in the same two forms. ``ignored_layers`` are address patterns that nothing is taken from.
+    that any group loses, in the same two forms. Both are shares of the model that prune() is given, through however
+    many methods and rounds; sublayers, which have an address each, are counted by the pattern that they match.
+    ``ignored_layers`` are address patterns that nothing is taken from.
     ``min_kept`` units of each group stay (a number, or one by kind: ``{"head": 0}`` lets a layer lose its last head,
     and keep its output bias); ``round_to`` makes kept counts multiples, in the same two forms. ``rescale_norms``
     multiplies LayerNorm weights by √(E/E′) when residual channels go.
@@ -75,38 +82,37 @@ class Ranking:
                 fine = ratio is None or 0 <= ratio <= 1
                 expect(fine, PruningError, f"{name} between 0 and 1, the share that goes", got=ratio)
 
-    def order(self, scores: Scores) -> tuple[dict[Group, list[int]], list[Bundle]]:
-        """What ``pruning_ratio`` drops at once, and all else that may go, first to last."""
-        self._expect_patterns_match(scores)
+    def order(self, scores: Scores, first: Mapping[Group, Group] | None = None) -> tuple[list[Bundle], list[Bundle]]:
+        """What ``pruning_ratio`` drops at once, and all else that may go, each first to last.
+
+        ``first`` has groups as they were in the model that ratios count from, where they have lost units since.
+        """
         values = {group: _checked(group, score.double().cpu().numpy()) for group, score in scores.items()}
         compared = self._compared(values)
-        fixed: dict[Group, list[int]] = {}
-        bundles: list[Bundle] = []
+        fixed, rest = list[Bundle](), list[Bundle]()
         for group, score in values.items():
-            candidates, at_once, ends = self._candidates(group, score)
-            fixed[group] = sorted(candidates[:at_once])
-            begin = at_once
-            for end in ends:
+            candidates, at_once, ends = self._candidates(group, (first or {}).get(group, group), score)
+            for begin, end in pairwise([0, *ends]):
                 units = candidates[begin:end]
                 # alone in its group, a unit's key is the share of the group that has gone with it
                 key = end / group.size if compared is None else float(compared[group][units].mean())
-                bundles.append(Bundle(group, tuple(sorted(units)), key, float(score[units].mean())))
-                begin = end
-        return fixed, sorted(bundles, key=lambda bundle: (bundle.key, bundle.score))
+                bundle = Bundle(group, tuple(sorted(units)), key, float(score[units].mean()))
+                (fixed if end <= at_once else rest).append(bundle)
+        by_key = attrgetter("key", "score")
+        return sorted(fixed, key=by_key), sorted(rest, key=by_key)
 
-    def _candidates(self, group: Group, score: Floats) -> tuple[list[int], int, list[int]]:
-        """The units that may go, lowest first; how many of them go at once; and where each further bundle ends."""
+    def _candidates(self, group: Group, first: Group, score: Floats) -> tuple[list[int], int, list[int]]:
+        """The units that may go, first to last; how many of them go at once; and where each bundle ends."""
         order = [int(u) for u in np.argsort(score, kind="stable")]
         allowed = [u for u in order if not any(matches(group.address(u), p) for p in self.ignored_layers)]
+        allowed = _within(self.max_pruning_ratio, allowed, group, first, most=True)
         keep = max(self._of_kind(self.min_kept, group, 1), int(group.kind in _NEVER_EMPTY))
-        most = group.size - _kept(group.size, self._of_pattern(self.max_pruning_ratio, group, 1.0))
-        limit = max(0, min(len(allowed), group.size - keep, most))
+        allowed = allowed[: max(0, group.size - keep)]
+        wanted = dict.fromkeys(_within(self.pruning_ratio or 0.0, allowed, group, first, most=False))
         step = self._of_kind(self.round_to, group, 1) or 1
-        ends = [end for end in range(1, limit + 1) if (group.size - end) % step == 0]
-        ratio = self._of_pattern(self.pruning_ratio, group, 0.0)
-        wanted = group.size - _kept(group.size, ratio)
-        at_once = max([0, *(end for end in ends if end <= wanted)])
-        return allowed[:limit], at_once, [end for end in ends if end > at_once]
+        ends = [end for end in range(1, len(allowed) + 1) if (group.size - end) % step == 0]
+        at_once = max([0, *(end for end in ends if end <= len(wanted))])
+        return [*wanted, *(u for u in allowed if u not in wanted)], at_once, ends
 
     def _compared(self, values: Mapping[Group, Floats]) -> dict[Group, Floats] | None:
         """Scores that may be compared across groups; None where each group is ranked alone."""
@@ -130,28 +136,54 @@ class Ranking:
                 )
         return normal
 
-    def _expect_patterns_match(self, scores: Scores) -> None:
-        addresses = {group.address(u) for group in scores for u in (range(group.size) if group.blocks else (0,))}
-        patterns = [*self.ignored_layers]
-        for value in (self.pruning_ratio, self.max_pruning_ratio):
-            patterns += value if isinstance(value, Mapping) else []
-        for pattern in patterns:
-            found = any(matches(address, pattern) for address in addresses)
-            expect(found, PruningError, f"a pattern of addresses such as {sorted(addresses)[:3]}", got=repr(pattern))
+    def expect_patterns(self, spec: ViTSpec, kinds: Iterable[Kind]) -> None:
+        """Refuse a pattern that names nothing in the model, or a ratio of none of the ``kinds`` that are pruned."""
+        of_ratio = self.pruning_ratio if isinstance(self.pruning_ratio, Mapping) else ()
+        of_most = self.max_pruning_ratio if isinstance(self.max_pruning_ratio, Mapping) else ()
+        for patterns, among in (((*self.ignored_layers, *of_most), KINDS), (of_ratio, kinds)):
+            addresses = {
+                group.address(u)
+                for group in groups_of(spec, among)
+                for u in (range(group.size) if group.blocks else (0,))
+            }
+            for pattern in patterns:
+                found = any(matches(address, pattern) for address in addresses)
+                what = f"a pattern of addresses such as {sorted(addresses)[:3]}"
+                expect(found, PruningError, what, got=repr(pattern))
 
     def _of_kind(self, value: int | Mapping[str, int] | None, group: Group, default: int) -> int:
         found = value.get(group.kind, default) if isinstance(value, Mapping) else value
         return default if found is None else found
 
-    def _of_pattern(self, value: float | Mapping[str, float] | None, group: Group, default: float) -> float:
-        if isinstance(value, Mapping):
-            found = [ratio for pattern, ratio in value.items() if matches(group.address(0), pattern)]
-            return found[-1] if found else default
-        return default if value is None else value
 
+def _within(
+    ratio: float | Mapping[str, float], units: Sequence[int], group: Group, first: Group, *, most: bool
+) -> list[int]:
+    """The first of the units, as many as a ratio of the group as it was takes beyond what has gone since.
 
-def _kept(size: int, ratio: float) -> int:
-    return int(size * (1 - ratio) + 1e-9)  # 64 · (1 − 0.8) is 12.799…, but 10 · (1 − 0.9) should be 1
+    What goes is rounded down where the ratio is the ``most``, else up. A pattern counts the units that it is the last
+    to match.
+    """
+
+    def rule(address: str) -> tuple[str, float]:
+        if not isinstance(ratio, Mapping):
+            return "", ratio
+        found = [(pattern, share) for pattern, share in ratio.items() if matches(address, pattern)]
+        return found[-1] if found else ("", 1.0 if most else 0.0)
+
+    def rules(of: Group) -> list[tuple[str, float]]:
+        return [rule(of.address(u)) for u in range(of.size)] if of.blocks else [rule(of.layer)] * of.size
+
+    now = rules(group)
+    rest, picked = Counter(now), list[int]()
+    for of, n in Counter(rules(first)).items():
+        kept = n - int(n * of[1] + _TINY) if most else int(n * (1 - of[1]) + _TINY)
+        rest[of] -= kept
+    for u in units:
+        if rest[now[u]] > 0:
+            rest[now[u]] -= 1
+            picked.append(u)
+    return picked
 
 
 def _split(joined: Floats, members: Sequence[Group]) -> Iterator[Floats]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,41 @@ def test_against_dense_the_whole_loss_is_bounded(monkeypatch: pytest.MonkeyPatch
         prune(MODEL, "auto", {"macs": "60%"}, **{**OPTIONS, "against": "dense", "min_step": 0.05})
     small = prune(MODEL, "auto", {"macs": "60%"}, **OPTIONS)
     assert small.spec.macs() <= 0.6 * SPEC.macs()
+
+
+@pytest.mark.parametrize("step", [0.02, 0.05, 0.2])
+def test_the_ratios_that_it_finds_are_those_that_go(step: float) -> None:
+    """Through any number of rounds, in groups of a few units too."""
+    seen: list[Probe] = []
+    options: dict[str, Any] = {**OPTIONS, "tau": 1.0, "step": step, "on_probe": seen.append}
+    small = prune(MODEL, "auto", {"macs": "80%"}, **options)
+    assert len({probe.round for probe in seen}) > 1
+    for part, (have, had) in {
+        "mhsa": (sum(sum(b.qk_dims + b.v_dims) for b in spec.blocks) for spec in (small.spec, SPEC)),
+        "ffn": (sum(b.mlp_dim for b in spec.blocks) for spec in (small.spec, SPEC)),
+    }.items():
+        at_last = max((probe for probe in seen if probe.part == part), key=lambda probe: probe.gone)
+        assert at_last.gone >= 1 - have / had
+        unit = 1 / 8 if part == "mhsa" else 1 / 24
+        assert all(probe.gone < probe.ratio + unit for probe in seen if probe.part == part)
+
+
+def test_heads_go_though_a_step_is_less_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy_by_width(monkeypatch, lambda spec: 1.0 if spec.blocks[0].mlp_dim == 24 else 0.0)
+    seen: list[Probe] = []
+    options: dict[str, Any] = {**OPTIONS, "mhsa": ("head",), "step": 0.1, "on_probe": seen.append}
+    small = prune(MODEL, "auto", {"macs": "75%"}, **options)
+    assert [b.num_heads for b in small.spec.blocks] == [1, 2], "no further than the budget asks"
+    assert [round(p.gone, 3) for p in seen if p.part == "mhsa"] == [0.333, 0.5]
+
+
+def test_no_model_is_measured_twice_in_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy_by_width(monkeypatch, lambda spec: 1.0 if spec == SPEC else 0.0)
+    seen: list[Probe] = []
+    options: dict[str, Any] = {**OPTIONS, "mhsa": ("head",), "step": 0.3, "min_step": 0.3, "on_probe": seen.append}
+    with pytest.raises(BudgetError):
+        prune(MODEL, "auto", {"macs": "50%"}, **options)
+    assert [p.ratio for p in seen if p.part == "mhsa"] == [0.3], "a third of its heads, at any smaller ratio too"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from prunevit.errors import PruningError
+from prunevit.errors import BudgetError, PruningError
 from prunevit.pruning import Plan, prune
+from prunevit.spec import ViTSpec
 from tests.specs import block, random_images, random_model, vit
 
 SPEC = vit(*[block((8,) * 4, (8,) * 4)] * 3)
@@ -35,6 +36,57 @@ def test_constraints_for_each_method() -> None:
     only = prune(MODEL, "magnitude:mlp", {"macs": "90%"})
     assert mlp == sum(24 - block.mlp_dim for block in only.spec.blocks)
     assert small.spec.macs() <= 0.85 * SPEC.macs()
+
+
+def widths(spec: ViTSpec) -> tuple[int, int, int, int]:
+    """The fewest heads, pairs, values and neurons of any block."""
+    blocks = spec.blocks
+    pairs, values = (min(min(dims) for dims in each) for each in zip(*((b.qk_dims, b.v_dims) for b in blocks)))
+    return min(b.num_heads for b in blocks), pairs, values, min(b.mlp_dim for b in blocks)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("magnitude", {"rounds": 3}),
+        (["magnitude:head", "magnitude", "snp"], {"constraints": [{"macs": m} for m in ("95%", "80%", "75%")]}),
+        ("gohsp", {"rounds": 2, "train": DATA, "stages": 1, "groups": ("qk", "v", "mlp")}),
+        ("auto", {"scorer": "magnitude", "validation": DATA, "tau": 1.0}),
+    ],
+)
+@pytest.mark.parametrize("pruned_before", [False, True])
+def test_ratios_are_of_the_given_model_through_all_stages(
+    method: Any, options: dict[str, Any], pruned_before: bool
+) -> None:
+    given = prune(MODEL, "magnitude", None, groups=("head", "qk"), pruning_ratio=0.25) if pruned_before else MODEL
+    least = widths(given.spec)
+    small = prune(given, method, data=DATA, max_pruning_ratio=0.5, **{"constraints": {"macs": "75%"}, **options})
+    assert small.spec.macs() <= 0.75 * given.spec.macs()
+    assert all(2 * now >= before for now, before in zip(widths(small.spec), least)), "no group lost more than a half"
+    assert small.provenance["prunings"][-1]["max_pruning_ratio"] == 0.5
+
+
+def test_a_ratio_is_taken_once_not_in_each_round() -> None:
+    small = prune(MODEL, "magnitude", {"macs": "99%"}, rounds=2, pruning_ratio=0.5)
+    assert widths(small.spec) == (4, 4, 4, 12)
+    bound = {"max_pruning_ratio": 0.5}
+    for rounds in (1, 2):
+        with pytest.raises(BudgetError, match=r"irreducible floor is .* \(53\.4%"):
+            prune(MODEL, "magnitude", {"macs": "40%"}, rounds=rounds, **bound)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (["magnitude:qk", "magnitude:mlp"], {}),
+        ("magnitude", {"rounds": 2}),
+        ("auto", {"scorer": "magnitude", "validation": DATA, "tau": 1.0}),
+    ],
+)
+def test_what_is_ignored_is_ignored_by_every_stage(method: Any, options: dict[str, Any]) -> None:
+    small = prune(MODEL, method, {"macs": "80%"}, DATA, ignored_layers=["blocks.0.mlp"], **options)
+    assert small.spec.blocks[0].mlp_dim == 24
+    assert small.spec.macs() <= 0.8 * SPEC.macs()
 
 
 def test_rounds_share_the_way_and_recover_in_between() -> None:
@@ -81,6 +133,9 @@ def test_options_go_to_the_methods_that_have_them() -> None:
         (["magnitude", "random"], [{"macs": "50%"}], {}, "each of 2 methods"),
         (["magnitude", "random"], None, {"pruning_ratio": 0.5}, "share among"),
         ("magnitude", {"macs": "50%"}, {"rounds": 0}, "one round"),
+        (["snp", "magnitude"], {"macs": "50%"}, {"ignored_layers": ["block.1"]}, "a pattern of addresses .*'block.1'"),
+        ("cp-vit", {"macs": "50%"}, {"max_pruning_ratio": {"block.1": 0.5}}, "'block.1'"),
+        ("magnitude:mlp", None, {"pruning_ratio": {"head": 0.5}}, "such as .'blocks.0.mlp'.* got 'head'"),
         ("magnitude", {"macs": "50%"}, {"recovery": {}}, "expected train="),
     ],
 )

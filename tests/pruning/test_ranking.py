@@ -72,8 +72,49 @@ def test_what_is_protected_stays() -> None:
 
 def test_fixed_ratios_go_at_once() -> None:
     fixed, rest = Ranking(pruning_ratio={"mlp": 0.5, "blocks.1.mlp": 0.2}).order({FIRST: RISING, SECOND: RISING})
-    assert fixed == {FIRST: [0, 1, 2, 3, 4], SECOND: [0, 1]}
+    assert {b.group: sum(1 for other in fixed if other.group == b.group) for b in fixed} == {FIRST: 5, SECOND: 2}
+    assert {b.units for b in fixed if b.group == FIRST} == {(0,), (1,), (2,), (3,), (4,)}
     assert len(rest) == 4 + 7
+
+
+def test_a_bound_is_never_overstepped() -> None:
+    heads = {group: torch.rand(group.size) for group in groups_of(vit(block((4,) * 3, (4,) * 3)), ("head",))}
+    assert len(units(Ranking(max_pruning_ratio=0.5), heads)) == 1, "a second of three would be more than a half"
+
+
+def test_ratios_count_from_the_group_as_it_was_at_first() -> None:
+    at_first = {FIRST: Group("mlp", FIRST.layer, 16, FIRST.block)}
+    _, rest = Ranking(max_pruning_ratio=0.5).order({FIRST: RISING, SECOND: RISING}, at_first)
+    assert [sum(b.group == group for b in rest) for group in (FIRST, SECOND)] == [2, 5], "16 → 8 and 10 → 5"
+    fixed, _ = Ranking(pruning_ratio=0.5).order({FIRST: RISING}, at_first)
+    assert [b.units for b in fixed] == [(0,), (1,)]
+    assert Ranking(pruning_ratio=0.3).order({FIRST: RISING}, at_first)[0] == [], "that much is gone already"
+
+
+def test_ratios_of_sublayers_are_of_those_that_a_pattern_names() -> None:
+    four = groups_of(vit(block(), block(), block(), block()), ("sublayer",))
+    scores = {group: torch.arange(4.0) for group in four}
+
+    def going(**options: object) -> tuple[list[str], list[str]]:
+        found = Ranking(min_kept=0, **options).order(scores)  # type: ignore[arg-type]
+        fixed, rest = (sorted(b.group.address(u)[7:-9] for b in bundles for u in b.units) for bundles in found)
+        return fixed, rest
+
+    assert going(max_pruning_ratio={"*": 0.0, "blocks.3.*": 1.0}) == ([], ["3.attn", "3.mlp"])
+    protected = going(max_pruning_ratio={"blocks.0.*": 0.0})[1]
+    assert protected == ["1.attn", "1.mlp", "2.attn", "2.mlp", "3.attn", "3.mlp"]
+    assert going(max_pruning_ratio={"blocks.*.attn.*": 0.5})[1] == [
+        "0.attn",
+        "0.mlp",
+        "1.attn",
+        "1.mlp",
+        "2.mlp",
+        "3.mlp",
+    ]
+    assert going(pruning_ratio={"blocks.3.attn": 0.5})[0] == ["3.attn"]
+    assert going(pruning_ratio={"blocks.*.mlp.*": 0.5})[0] == ["0.mlp", "1.mlp"]
+    gone = {four[0]: groups_of(vit(*[block()] * 6), ("sublayer",))[0]}
+    assert len(Ranking(max_pruning_ratio=0.5).order(dict.fromkeys(four[:1], torch.rand(4)), gone)[1]) == 1
 
 
 def test_patterns_match_as_globs_parts_and_kinds() -> None:
@@ -94,7 +135,6 @@ def test_patterns_match_as_globs_parts_and_kinds() -> None:
         ({"max_pruning_ratio": {"qk": -1}}, "max_pruning_ratio"),
         ({"round_to": 0}, "round_to"),
         ({"min_kept": {"heads": 1}}, "min_kept"),
-        ({"ignored_layers": ["block.1"]}, "'block.1'"),
     ],
 )
 def test_a_wrong_option_is_named(options: dict[str, object], reason: str) -> None:
