@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from .._units import SYMBOLS, read_amount
 from ..errors import BudgetError, PruningError, expect
 from ..spec import ViTSpec
-from .groups import Group, Kind, Scores
+from .groups import Group, Kind, Remainder, Scores
 from .plan import Plan
 from .ranking import Bundle, Ranking
 
@@ -100,7 +100,11 @@ class Budget:
         """
         if self.shape is not None:
             return _to_shape(dense, self.shape, scores, self.ranking.rescale_norms)
-        fixed, order = self.ranking.order(scores, first)
+        left = Remainder(dense)
+        fixed, order = (
+            [bundle for bundle in bundles if left.take(bundle.group, bundle.units)]
+            for bundles in self.ranking.order(scores, first)
+        )
         return _Search(dense, self, fixed, order, sorted({group.kind for group in scores})).run()
 
     def met(self, spec: ViTSpec) -> bool:

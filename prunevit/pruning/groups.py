@@ -9,6 +9,7 @@ layer, the sublayers of a model.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -99,6 +100,50 @@ def read_sizes(spec: ViTSpec, block: BlockSpec) -> tuple[int, int]:
     """How many residual channels qkv and fc1 read; 0 where there is no such matrix."""
     attn, mlp = (spec.embed_dim if listed is None else len(listed) for listed in (block.attn_reads, block.mlp_reads))
     return attn if block.qk_dims else 0, mlp if block.mlp_dim else 0
+
+
+class Remainder:
+    """What is left of a spec as units go, as far as no spec can be without it.
+
+    The first token selection needs a head before it, to take scores from; each list of channels that a matrix reads or
+    writes needs one of them.
+    """
+
+    def __init__(self, spec: ViTSpec) -> None:
+        first = next((i for i, block in enumerate(spec.blocks) if block.select is not None), -1)
+        select = spec.blocks[first].select if first >= 0 else None
+        scoring = range(first + (select.before == "mlp") if select is not None else 0)
+        self.heads = {i: set(range(n)) for i in scoring if (n := spec.blocks[i].num_heads)}
+        lists = [
+            listed
+            for block in spec.blocks
+            for listed in (block.attn_reads, block.attn_writes, block.mlp_reads, block.mlp_writes)
+            if listed is not None
+        ]
+        self.left = list(map(len, lists))
+        self.lists_of: dict[int, list[int]] = {}
+        for at, listed in enumerate(lists):
+            for channel in listed:
+                self.lists_of.setdefault(channel, []).append(at)
+
+    def take(self, group: Group, units: Iterable[int]) -> bool:
+        """Take units away, all or, where a last one is among them, none."""
+        if group.kind == "channel":
+            hit = Counter(at for unit in units for at in self.lists_of.get(unit, ()))
+            if any(self.left[at] <= count for at, count in hit.items()):
+                return False
+            for at, count in hit.items():
+                self.left[at] -= count
+        elif self.heads and (group.kind == "head" or (group.kind == "sublayer" and ".attn." in group.layer)):
+            if group.kind == "head":
+                without = {group.block: self.heads.get(group.block, set()) - set(units)}
+            else:
+                without = {group.blocks[unit]: set[int]() for unit in units}
+            heads = {i: without.get(i, kept) for i, kept in self.heads.items()}
+            if not any(heads.values()):
+                return False
+            self.heads = heads
+        return True
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from prunevit.errors import BudgetError, PruningError
 from prunevit.pruning import KINDS, Budget, Plan, Ranking, groups_of, prune
 from prunevit.pruning.groups import Kind, Scores
 from prunevit.spec import ViTSpec
-from tests.specs import SPECS, block, random_images, random_model, vit
+from tests.specs import SPECS, block, random_images, random_model, select, vit
 
 DEIT_TINY = shapes.get("deit_tiny")
 
@@ -42,7 +42,7 @@ def specs(draw: st.DrawFn) -> ViTSpec:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    spec=specs(),
+    spec=specs() | st.sampled_from([spec for spec in SPECS.values() if spec.blocks]),
     share=st.integers(20, 99),
     cost=st.sampled_from(["macs", "params"]),
     kinds=st.sets(st.sampled_from(KINDS), min_size=1),
@@ -53,7 +53,7 @@ def specs(draw: st.DrawFn) -> ViTSpec:
 def test_any_budget_is_met_or_refused(
     spec: ViTSpec, share: int, cost: str, kinds: set[Kind], options: dict[str, object]
 ) -> None:
-    ordered = tuple(kind for kind in KINDS if kind in kinds)
+    ordered = tuple(kind for kind in KINDS if kind in kinds and (kind != "channel" or spec.attn_pool is None))
     try:
         left = plan_for(spec, {cost: f"{share}%"}, ordered, **options).spec()
     except BudgetError as error:
@@ -130,6 +130,51 @@ def test_the_last_head_may_go_where_asked() -> None:
     assert plan.spec().macs() <= spec.macs() / 2
     floor = plan_for(spec, {"params": "60%"}, ("head",), min_kept=0)
     assert any(b.qk_dims == () and b.has_attn for b in floor.spec().blocks)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "share", "options"),
+    [
+        ("cp_vit_cascade", ("sublayer",), 70, {}),
+        ("cp_vit_cascade", ("head", "sublayer", "mlp"), 40, {"min_kept": 0, "global_pruning": True}),
+        ("select_before_mlp", ("head",), 85, {"min_kept": 0}),
+        ("select_before_attn", ("sublayer",), 75, {"min_kept": 0}),
+        ("evit", ("head", "mlp"), 40, {"min_kept": 0}),
+        ("partial_reads_and_writes", ("channel",), 50, {}),
+        ("partial_reads_and_writes", ("channel", "mlp"), 90, {}),
+        ("partial_reads_and_writes", ("read", "channel"), 60, {"round_to": {"channel": 3}}),
+        ("partial_writes_with_layer_scale", ("channel", "sublayer"), 40, {}),
+    ],
+)
+def test_what_a_selection_or_a_list_of_channels_needs_stays(
+    name: str, kinds: tuple[Kind, ...], share: int, options: dict[str, object]
+) -> None:
+    spec = SPECS[name]
+    left = plan_for(spec, {"macs": f"{share}%"}, kinds, **options).spec()
+    assert left.macs() <= share / 100 * spec.macs()
+    assert "round_to" not in options or (spec.embed_dim == left.embed_dim or left.embed_dim % 3 == 0)
+
+
+def test_the_best_attention_stays_for_a_selection() -> None:
+    spec = vit(block(), block(), block(select=select("attn", 5)), block())
+    (attn, _) = groups_of(spec, ("sublayer",))
+    for best in range(2):
+        scores = {attn: torch.tensor([1.0 + (best == 0), 1.0 + (best == 1), 3.0, 3.0])}
+        left = Budget.of(spec, None, ranking=Ranking(min_kept=0, pruning_ratio=1.0)).plan(spec, scores).spec()
+        assert [block.has_attn for block in left.blocks] == [best == 0, best == 1, False, False]
+
+
+def test_tokens_then_sublayers_and_reads_then_channels() -> None:
+    spec = vit(*[block()] * 4, embed_dim=32)
+    model, data = random_model(spec), [(random_images(spec, 4), torch.arange(4))]
+    for first in ("cp-vit", "evit"):
+        each: list[dict[str, str | float]] = [{"macs": "80%"}, {"macs": "70%"}]
+        assert prune(model, [first, "magnitude:sublayer"], each, data).spec.macs() <= 0.7 * spec.macs()
+    reads = prune(model, "gohsp", {"macs": "55%"}, data, groups=("read",))
+    both = prune(reads, "magnitude", {"macs": "70%"}, groups=("channel",))
+    assert both.spec.macs() <= 0.7 * reads.spec.macs()
+    images = data[0][0]
+    torch.testing.assert_close(Plan.of(both).mask(model)(images), both(images), rtol=1e-4, atol=1e-4)
 
 
 PRUNED_FROM_DEIT = [name for name in shapes.names() if not name.startswith("autoformer")]  # that one was searched

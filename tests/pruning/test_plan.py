@@ -11,7 +11,7 @@ import torch
 
 from prunevit.errors import PruningError
 from prunevit.models import PrunedViT
-from prunevit.pruning.groups import KINDS, Group, Kind, groups_of
+from prunevit.pruning.groups import KINDS, Group, Kind, Remainder, groups_of
 from prunevit.pruning.plan import Plan
 from prunevit.pruning.prune import prune
 from prunevit.pruning.surgery import compact
@@ -32,10 +32,9 @@ def random_drop(spec: ViTSpec, kinds: tuple[Kind, ...], seed: int = 0, share: fl
 
 def random_plan(spec: ViTSpec, kinds: tuple[Kind, ...], seed: int = 0) -> Plan:
     kinds = tuple(k for k in kinds if k != "channel" or spec.attn_pool is None)
-    try:
-        return Plan.without(spec, random_drop(spec, kinds, seed))
-    except PruningError:  # a selection lost its only attention, or a list of channels its last
-        return Plan.without(spec, random_drop(spec, tuple(k for k in kinds if k not in ("sublayer", "channel")), seed))
+    left = Remainder(spec)
+    dropped = random_drop(spec, kinds, seed)
+    return Plan.without(spec, {g: [u for u in units if left.take(g, (u,))] for g, units in dropped.items()})
 
 
 def outputs(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
