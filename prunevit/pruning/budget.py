@@ -81,6 +81,8 @@ class Budget:
         for name in constraints:
             what = f"constraints out of {', '.join(sorted(costs))} (others need a cost=callable)"
             expect(name in costs, PruningError, what, got=repr(name))
+        if shape is not None:
+            _expect_widths_alone(spec, shape)
         limits = []
         for name, value in constraints.items():
             dense = float(costs[name](spec))
@@ -194,9 +196,20 @@ def _amount(name: str, value: str | float, dense: float) -> float:
     return amount * dense if share else amount
 
 
+def _expect_widths_alone(dense: ViTSpec, shape: ViTSpec) -> None:
+    """Refuse a shape that differs in more than widths: no score says which tokens or channels of a list to keep."""
+    expect(dense.depth == shape.depth, PruningError, f"a shape of {dense.depth} blocks", got=shape.depth)
+    for i, (have, want) in enumerate(zip(dense.blocks, shape.blocks)):
+        for name in ("select", "attn_reads", "attn_writes", "mlp_reads", "mlp_writes"):
+            given, asked, where = getattr(have, name), getattr(want, name), f"blocks.{i}.{name}"
+            got = "another: shape= changes widths alone, so prune by constraints or by a method that makes it"
+            expect(given == asked, PruningError, f"a shape whose {where} is the model's", got=got)
+            fits = name == "select" or given is None or dense.embed_dim == shape.embed_dim
+            expect(fits, PruningError, f"a shape of width {dense.embed_dim}, for {where}", got=shape.embed_dim)
+
+
 def _differing(dense: ViTSpec, shape: ViTSpec) -> tuple[Kind, ...]:
     kinds: set[Kind] = set()
-    expect(dense.depth == shape.depth, PruningError, f"a shape of {dense.depth} blocks", got=shape.depth)
     if dense.embed_dim != shape.embed_dim:
         kinds.add("channel")
     for have, want in zip(dense.blocks, shape.blocks):

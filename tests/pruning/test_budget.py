@@ -189,6 +189,30 @@ def test_published_shapes_come_out_exactly(name: str) -> None:
     assert left.blocks == target.blocks
 
 
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        (vit(block(), block(select=select("mlp", 5))), "blocks.1.select"),
+        (vit(block(attn_reads=(0, 1)), block()), "blocks.0.attn_reads"),
+        (vit(block(), block(mlp_writes=(0, 1))), "blocks.1.mlp_writes"),
+        (vit(block()), "a shape of 2 blocks"),
+    ],
+)
+def test_a_shape_of_more_than_other_widths_is_refused_before_scoring(target: ViTSpec, reason: str) -> None:
+    with pytest.raises(PruningError, match=reason):
+        prune(random_model(vit(block(), block())), "snp", shape=target, data=iter([]))
+
+
+def test_a_shape_with_the_models_own_selection_and_lists_comes_out_exactly() -> None:
+    for name in ("evit", "partial_reads_and_writes"):
+        spec = SPECS[name]
+        blocks = tuple(b.model_copy(update={"mlp_dim": b.mlp_dim // 2}) for b in spec.blocks)
+        target = spec.replace(blocks=blocks)
+        assert prune(random_model(spec), "magnitude", shape=target).spec == target
+    with pytest.raises(PruningError, match=r"width 29, for blocks\.0\.attn_reads"):
+        prune(random_model(spec), "magnitude", shape=vit(*spec.blocks, embed_dim=30))
+
+
 @pytest.mark.parametrize("method", ["magnitude", "random", "taylor"])
 def test_the_same_seed_prunes_the_same(method: str) -> None:
     spec = SPECS["uniform"]
