@@ -46,7 +46,7 @@ class Group:
 
 
 Scores: TypeAlias = Mapping[Group, Tensor]
-"""A score for each unit of each group; the lowest go first."""
+"""A score for each unit of each group; the lowest go first, before all others those of −∞, which are worth nothing."""
 
 
 def matches(address: str, pattern: str) -> bool:

@@ -39,7 +39,7 @@ class Ranking:
 
     ``groups``: the kinds to prune (None: the method's own). Ranks are taken in each group alone, so that every group
     gives up the same share (the default); with ``isomorphic`` among all groups of a kind; with ``global_pruning`` among
-    all units, each score divided within its layer as ``normalizer`` says (None: raw scores).
+    all units, each score divided within its layer as ``normalizer`` says of those above −∞ (None: raw scores).
     ``pruning_ratio`` drops a fixed share first: of every group, or by address pattern (``{"blocks.0.*": 0.2, "qk":
     0.5}``, the last match counts); a constraint then takes what it needs beyond. ``max_pruning_ratio`` bounds the share
     that any group loses, in the same two forms. Both are shares of the model that prune() is given, through however
@@ -192,11 +192,19 @@ def _split(joined: Floats, members: Sequence[Group]) -> Iterator[Floats]:
 
 def _checked(group: Group, score: Floats) -> Floats:
     expect(score.shape == (group.size,), PruningError, f"{group.size} scores for {group.layer}", got=score.shape)
-    expect(bool(np.isfinite(score).all()), PruningError, f"finite scores for {group.layer}", got="NaN or infinity")
+    fits = bool((score < np.inf).all())  # NaN is not
+    expect(fits, PruningError, f"finite scores for {group.layer}, or −∞", got="NaN or infinity")
     return score
 
 
 def _normalised(score: Floats, normalizer: Normalizer | None) -> Floats:
+    live = np.isfinite(score)
+    normal = score.copy()
+    normal[live] = _scaled(score[live], normalizer) if live.any() else []
+    return normal
+
+
+def _scaled(score: Floats, normalizer: Normalizer | None) -> Floats:
     tiny = 1e-12
     if normalizer == "mean":
         score = score / max(score.mean(), tiny)

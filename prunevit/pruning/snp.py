@@ -108,11 +108,11 @@ def preserved_scores(q: Tensor, k: Tensor, gamma: int | None, energy: float) -> 
 
 
 def redundancy(rows: Tensor, outgoing: Tensor) -> Tensor:
-    """rows [D, E], outgoing [D, ...] -> ω [D], fp64: Σ_j 1 − |cos(W_i, W_j)| over live rows; −1 for dead ones."""
+    """rows [D, E], outgoing [D, ...] -> ω [D], fp64: Σ_j 1 − |cos(W_i, W_j)| over live rows; −∞ for dead ones."""
     rows, outgoing = rows.detach().double().flatten(1), outgoing.detach().double().flatten(1)
     dead = _dead(rows) | _dead(outgoing)
     unit = F.normalize(rows[~dead])
-    score = torch.full((len(rows),), -1.0, dtype=torch.float64, device=rows.device)
+    score = torch.full((len(rows),), -torch.inf, dtype=torch.float64, device=rows.device)
     score[~dead] = (1 - (unit @ unit.T).abs()).clamp_min(0).sum(1)
     return score.cpu()
 

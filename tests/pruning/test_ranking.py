@@ -143,5 +143,16 @@ def test_a_wrong_option_is_named(options: dict[str, object], reason: str) -> Non
 
 
 def test_a_score_that_is_no_number_is_refused() -> None:
-    with pytest.raises(PruningError, match=r"blocks\.0\.mlp"):
-        Ranking().order({FIRST: RISING * torch.nan})
+    for wrong in (torch.nan, torch.inf):
+        with pytest.raises(PruningError, match=r"blocks\.0\.mlp"):
+            Ranking().order({FIRST: RISING * wrong})
+
+
+@pytest.mark.parametrize("normalizer", ["mean", "sum", "max", "standardization", "gaussian", "lamp", None])
+def test_units_worth_nothing_go_first_and_raise_no_others(normalizer: str | None) -> None:
+    """A live unit is worth the same beside whatever is dead."""
+    live = {Group("mlp", FIRST.layer, 10, 0): RISING + 0.5, SECOND: RISING}
+    dead = {Group("mlp", FIRST.layer, 20, 0): torch.cat([torch.full((10,), -torch.inf), RISING + 0.5]), SECOND: RISING}
+    ranking = Ranking(global_pruning=True, normalizer=normalizer)  # type: ignore[arg-type]
+    order = [b for b, _ in units(ranking, dead)]
+    assert order == [0] * 10 + [b for b, _ in units(ranking, live)]
