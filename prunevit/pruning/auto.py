@@ -105,7 +105,8 @@ class _Search:
                 raise BudgetError(
                     f"{self.first.name}: expected at most {self.first.most:,.6g}, but the search came to "
                     f"{self.first.cost(self.model.spec):,.6g} at {now.accuracy:.2%} (dense {dense:.2%}) and can go no "
-                    f"further within tau {self.options.tau:.2%} a round: allow a larger tau, or finetune_epochs"
+                    f"further within tau {self.options.tau:.2%} a round: allow a larger tau, finetune_epochs, "
+                    "or less min_kept, max_pruning_ratio or ignored_layers"
                 )
             bound = (now.accuracy if self.options.against == "round" else dense) - self.options.tau
             planned = planned or {part: self._planner(part) for part in PARTS}
