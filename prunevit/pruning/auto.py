@@ -20,10 +20,14 @@ tried. The journal has the share of the part that is gone beside the ratio: less
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
+
+import torch
 
 from ..errors import BudgetError, PruningError, expect
 from ..models import PrunedViT
@@ -31,11 +35,12 @@ from ..spec import ViTSpec
 from .budget import Budget
 from .groups import Kind, check_kinds, groups_of
 from .journal import Journal, Probe
-from .method import Job, Method, Scorer, evaluating
+from .method import Batches, Job, Method, Scorer, evaluating, read_batch
 from .plan import Plan
 from .recover import accuracy, recover_for
 from .scorers import SCORERS
 from .surgery import compact
+from .training_state import fingerprint
 
 PARTS = ("mhsa", "ffn")
 
@@ -93,7 +98,7 @@ class _Search:
         self.scorer = SCORERS[options.scorer]() if isinstance(options.scorer, str) else options.scorer
         self.kinds = {"mhsa": check_kinds(options.mhsa), "ffn": check_kinds(options.ffn)}
         self.scorer.expect_supported([kind for kinds in self.kinds.values() for kind in kinds])
-        self.journal = Journal(options.journal, self._identity())
+        self.journal = Journal(options.journal, {} if options.journal is None else self._identity())
         self.model, self.round = job.model, 0
         self.ratio = dict.fromkeys(PARTS, 0.0)
 
@@ -173,8 +178,8 @@ class _Search:
         self.ratio[probe.part] = probe.ratio
         self.journal.add(replace(probe, committed=True))
         if self.options.finetune_epochs:
-            path = None if self.journal.path is None else self.journal.path.with_suffix(f".round{self.round}")
-            epochs = self.options.finetune_epochs
+            path, epochs = self.journal.path, self.options.finetune_epochs
+            path = None if path is None else path.with_name(f"{path.name}.round{self.round}")
             recover_for(self.job, self.model, self.options.recipe, epochs=epochs, state=path)
         self.round += 1
         return self._measure("start", 0.0, self.model)
@@ -202,8 +207,8 @@ class _Search:
     def _identity(self) -> dict[str, Any]:
         options = self.options
         scorer = options.scorer if isinstance(options.scorer, str) else repr(options.scorer)
-        checksum = sum(float(p.detach().double().abs().sum()) for p in self.job.model.parameters())
-        return {
+        assert self.job.validation is not None
+        identity = {
             "search": "auto",
             "cost": self.first.name,
             "limits": {limit.name: limit.most for limit in self.job.budget.limits},
@@ -216,6 +221,22 @@ class _Search:
             "kinds": {part: list(kinds) for part, kinds in self.kinds.items()},
             "finetune_epochs": options.finetune_epochs,
             "recipe": dict(options.recipe),
+            "ranking": asdict(self.job.budget.ranking),
             "seed": self.job.seed,
-            "model": f"{checksum:.6e}",
+            "model": fingerprint(self.job.model),
+            "validation": _images_and_labels(self.job.validation, self.job.model),
         }
+        return json.loads(json.dumps(identity))  # type: ignore[no-any-return]  # tuples are lists in a journal
+
+
+def _images_and_labels(data: Batches, model: PrunedViT) -> str:
+    """How many there are, and a hash of them, whatever their order."""
+    count = total = 0
+    for batch in data:
+        images, labels = (part.cpu().contiguous() for part in read_batch(batch, model, "auto") if part is not None)
+        for image, label in zip(images, labels):
+            one = hashlib.sha256(image.flatten().view(torch.uint8).numpy())
+            one.update(str(label.tolist()).encode())
+            total += int.from_bytes(one.digest())
+            count += 1
+    return f"{count} images, {total % 2**64:016x}"

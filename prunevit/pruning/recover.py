@@ -24,7 +24,7 @@ from ..errors import CheckpointError, PruningError, expect
 from .dealing import Dealer
 from .method import Batches, Job, evaluating, read_batch
 from .recipe import Loss, Recipe, Student
-from .training_state import read_facts, read_state, write_state
+from .training_state import fingerprint, read_facts, read_state, write_state
 
 History: TypeAlias = list[dict[str, float]]
 
@@ -56,8 +56,9 @@ def recover(
 
     ``data`` has a length. With a ``teacher`` (in evaluation mode, left as it is), ``distillation`` is added.
     ``validation`` is evaluated after each epoch. ``state`` names a file that the run writes after each epoch and
-    resumes from, to exactly what an uninterrupted run would have come to. ``penalty`` adds to the loss of each batch;
-    ``on_step`` is called after each step. The others are the fields of :class:`Recipe`.
+    resumes from, to exactly what an uninterrupted run would have come to: by the same recipe, from the same model as
+    it was at the start, with the same teacher. ``penalty`` adds to the loss of each batch; ``on_step`` is called after
+    each step. The others are the fields of :class:`Recipe`.
 
     Under ``torchrun`` gradients are averaged over the processes, and batches dealt out to them: a step is one batch of
     each. A plain ``DataLoader`` reads only its own process's images; any other iterable is gone through whole by every
@@ -140,6 +141,7 @@ class _Run:
             # smoothing is the loss's, for mixed and plain labels alike
             self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=classes)
         self.step, self.history = 0, History()
+        self.identity = {} if state is None else self._identity(teacher)
 
     def train(self) -> History:
         was_training = self.model.training
@@ -214,21 +216,21 @@ class _Run:
     def _modules(self) -> dict[str, nn.Module]:
         return {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
 
-    def _identity(self) -> dict[str, Any]:
-        spec = getattr(self.model, "spec", None)
-        return {"recipe": self.recipe.to_dict(), "updates": self.updates, "spec": spec and spec.to_dict()}
+    def _identity(self, teacher: nn.Module | None) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.to_dict(),
+            "updates": self.updates,
+            "model": fingerprint(self.model),
+            "teacher": None if teacher is None else fingerprint(teacher),
+        }
 
     def _resume(self) -> None:
         if self.state is None or not self.state.exists():
             return
         facts = read_facts(self.state)
-        for name, value in self._identity().items():
-            expect(
-                facts.get(name) == value,
-                CheckpointError,
-                f"{self.state} to be of this run, {name} {value}",
-                got=facts.get(name),
-            )
+        for name, value in self.identity.items():
+            what = f"{self.state} to be of this run, its {name} at the start {value} (or name another file)"
+            expect(facts.get(name) == value, CheckpointError, what, got=facts.get(name))
         read_state(self.state, facts, self._modules(), self.optimizer)
         self.history, self.step = facts["history"], facts["step"]
         self.scaler.load_state_dict(facts["scaler"])
@@ -236,7 +238,7 @@ class _Run:
     def _save(self) -> None:
         if self.state is not None and self.rank == 0:
             progress = {"history": self.history, "step": self.step, "scaler": self.scaler.state_dict()}
-            write_state(self.state, self._modules(), self.optimizer, self._identity() | progress)
+            write_state(self.state, self._modules(), self.optimizer, self.identity | progress)
         if self.state is not None and self.world > 1:
             # NCCL's would wait on the current GPU, which need not be the model's
             own = [self.device.index] if dist.get_backend() == "nccl" and self.device.index is not None else None

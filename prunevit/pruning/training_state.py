@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError, expect
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's spec, of the plan that led to it, and of its weights."""
+    spec = getattr(model, "spec", None)
+    origin = spec and spec.to_dict(), getattr(model, "plan", None)
+    digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode())
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def write_state(path: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, facts: Mapping[str, Any]) -> None:

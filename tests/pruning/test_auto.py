@@ -88,6 +88,36 @@ def test_finetuning_between_rounds_resumes_too(tmp_path: Path) -> None:
         assert first.plan == other.plan
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"isomorphic": True},
+        {"min_kept": 4},
+        {"ignored_layers": ["blocks.0.*"]},
+        {"validation": [(IMAGES, (DATA[0][1] + 1) % 7)]},
+        {"validation": [(IMAGES[:12], DATA[0][1][:12])]},
+    ],
+    ids=["isomorphic", "min_kept", "ignored_layers", "other_labels", "fewer_images"],
+)
+def test_the_journal_of_another_search_is_refused(other: dict[str, object], tmp_path: Path) -> None:
+    options = {**OPTIONS, "journal": tmp_path / "j"}
+    prune(MODEL, "auto", {"macs": "90%"}, **options)
+    shuffled = [(IMAGES.flip(0)[i : i + 8], DATA[0][1].flip(0)[i : i + 8]) for i in range(0, 24, 8)]
+    prune(MODEL, "auto", {"macs": "90%"}, **{**options, "validation": shuffled})  # the same images
+    with pytest.raises(CheckpointError, match="of this search"):
+        prune(MODEL, "auto", {"macs": "90%"}, **{**options, **other})
+
+
+def test_rounds_are_not_resumed_from_those_of_another_search(tmp_path: Path) -> None:
+    """Their files outlive a deleted journal, and journals may differ in their last suffix alone."""
+    options = {**OPTIONS, "train": DATA, "finetune_epochs": 1}
+    prune(MODEL, "auto", {"macs": "85%"}, **{**options, "journal": tmp_path / "j.2"})
+    prune(MODEL, "auto", {"macs": "85%"}, **{**options, "journal": tmp_path / "j.3", "scorer": "random"})
+    (tmp_path / "j.2").unlink()
+    with pytest.raises(CheckpointError, match=r"j\.2\.round0 to be of this run"):
+        prune(MODEL, "auto", {"macs": "85%"}, **{**options, "journal": tmp_path / "j.2", "scorer": "random"})
+
+
 def accuracy_by_width(monkeypatch: pytest.MonkeyPatch, worth: object) -> None:
     monkeypatch.setattr(auto, "accuracy", lambda model, data: worth(model.spec))  # type: ignore[operator]
 

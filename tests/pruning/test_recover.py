@@ -100,6 +100,18 @@ def test_an_interrupted_run_resumes_to_the_same_weights(recipe: dict[str, object
         recover(fresh(), problem(), epochs=3, state=tmp_path / "run", **recipe)
 
 
+def test_a_state_of_another_model_or_teacher_is_refused(tmp_path: Path) -> None:
+    dense = random_model(SPEC)
+    first, second = (prune(dense, method, pruning_ratio=0.5) for method in ("magnitude", "random"))
+    assert first.spec == second.spec
+    recover(first, problem(), epochs=1, state=tmp_path / "run")
+    before = weights(second)
+    for model, teacher in ((second, None), (prune(dense, "magnitude", pruning_ratio=0.5), dense)):
+        with pytest.raises(CheckpointError, match=r"of this run, its (model|teacher)"):
+            recover(model, problem(), epochs=1, state=tmp_path / "run", teacher=teacher)
+    assert torch.equal(weights(second), before)
+
+
 class Noisy(TensorDataset):
     """Every reading of an image draws anew."""
 
