@@ -67,6 +67,7 @@ class Auto(Method):
     on_probe: Callable[[Probe], None] | None = None
 
     groups: ClassVar[tuple[Kind, ...]] = ("qk", "v", "mlp")
+    heeds: ClassVar[tuple[str, ...]] = tuple(name for name in Method.heeds if name != "pruning_ratio")
 
     def __post_init__(self) -> None:
         if isinstance(self.scorer, str):
@@ -96,8 +97,12 @@ class _Search:
     def __init__(self, options: Auto, job: Job) -> None:
         self.options, self.job, self.first = options, job, job.budget.limits[0]
         self.scorer = SCORERS[options.scorer]() if isinstance(options.scorer, str) else options.scorer
-        self.kinds = {"mhsa": check_kinds(options.mhsa), "ffn": check_kinds(options.ffn)}
-        self.scorer.expect_supported([kind for kinds in self.kinds.values() for kind in kinds])
+        own, asked = {"mhsa": options.mhsa, "ffn": options.ffn}, job.budget.ranking.groups
+        known = check_kinds([kind for kinds in own.values() for kind in kinds])
+        self.scorer.expect_supported(known)
+        what = f"groups out of {', '.join(known)} (mhsa= and ffn= are the kinds that auto finds ratios for)"
+        expect(set(asked or ()) <= set(known), PruningError, what, got=", ".join(asked or ()))
+        self.kinds = {part: check_kinds(set(asked or known) & set(kinds)) for part, kinds in own.items()}
         self.journal = Journal(options.journal, {} if options.journal is None else self._identity())
         self.model, self.round = job.model, 0
         self.ratio = dict.fromkeys(PARTS, 0.0)
@@ -152,10 +157,10 @@ class _Search:
 
     def _planner(self, part: str) -> Callable[[float], Plan | None]:
         """From a share of the given model's units to a plan of the present one; scores are computed once."""
-        spec, ranking = self.model.spec, replace(self.job.budget.ranking, groups=self.kinds[part], pruning_ratio=None)
-        groups = groups_of(spec, self.kinds[part])
+        spec, groups = self.model.spec, groups_of(self.model.spec, self.kinds[part])
         if not groups:
             return lambda ratio: None
+        ranking = replace(self.job.budget.ranking, groups=self.kinds[part], pruning_ratio=None)
         with evaluating(self.model):
             scores = self.scorer.score(self.model, groups, self.job.data, self.job.seed)
         first = replace(self.job, model=self.model).first(groups)

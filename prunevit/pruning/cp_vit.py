@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -57,26 +57,37 @@ class _TokenMethod(Method):
 
 @dataclass(frozen=True)
 class CPViT(_TokenMethod):
-    """Tokens, and unless told otherwise heads, from layer ``start`` on (None: a quarter of the way)."""
+    """Tokens, and unless told otherwise heads, from layer ``start`` on (None: a quarter of the way).
+
+    ``ignored_layers``, ``min_kept``, ``max_pruning_ratio`` and ``round_to`` are about the heads.
+    """
 
     heads: bool = True
     start: int | None = None
     images: int = 64
 
     groups: ClassVar[tuple[Kind, ...]] = ("head",)
+    supports: ClassVar[tuple[Kind, ...]] = ("head",)
+    heeds: ClassVar[tuple[str, ...]] = (
+        *("groups", "pruning_ratio"),
+        *("ignored_layers", "min_kept", "max_pruning_ratio", "round_to"),
+    )
 
     def planner(self, job: Job) -> Callable[[float], Plan]:
         spec = job.model.spec
         start = max(1, spec.depth // 4 if self.start is None else self.start)
         expect(start < spec.depth, PruningError, f"a start before the last of {spec.depth} layers", got=start)
-        scores = self._heads(job) if self.heads else {}
+        ranking = job.budget.ranking
+        wanted = self.heads and "head" in (ranking.groups or self.groups)
+        _, may_go = replace(ranking, pruning_ratio=None).order(self._heads(job) if wanted else {})
 
         def plan_of(ratio: float) -> Plan:
             share = [ratio * max(0, i - start + 1) / (spec.depth - start) for i in range(spec.depth)]
-            dropped = {
-                group: score.argsort(stable=True)[: min(int(group.size * share[group.block]), group.size - 1)].tolist()
-                for group, score in scores.items()
-            }
+            dropped: dict[Group, list[int]] = {bundle.group: [] for bundle in may_go}
+            for bundle in may_go:
+                gone, group = dropped[bundle.group], bundle.group
+                if len(gone) + len(bundle.units) <= int(group.size * share[group.block]):
+                    gone += bundle.units
             keep = [max(1, spec.num_patches - int(spec.num_patches * s)) for s in share]
             selects = [
                 TokenSelect(before="attn", rule="max_attention", keep=k, cascade=True) if k < before else None
@@ -107,6 +118,8 @@ class EViT(_TokenMethod):
     fuse: bool = True
 
     groups: ClassVar[tuple[Kind, ...]] = ()
+    supports: ClassVar[tuple[Kind, ...]] = ()
+    heeds: ClassVar[tuple[str, ...]] = ("pruning_ratio",)
 
     def planner(self, job: Job) -> Callable[[float], Plan]:
         spec = job.model.spec

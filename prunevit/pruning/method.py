@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..models import PrunedViT
 from .budget import Budget
 from .groups import KINDS, Group, Kind, Scores, groups_of
 from .plan import Plan, origins
+from .ranking import Ranking
 from .surgery import compact
 
 if TYPE_CHECKING:
@@ -67,9 +68,14 @@ class Job:
 
 
 class Method(ABC):
-    """A way to prune. Options are the fields of a frozen dataclass; ``groups`` are the kinds pruned by default."""
+    """A way to prune. Options are the fields of a frozen dataclass; ``groups`` are the kinds pruned by default.
+
+    ``supports`` are the kinds that can be asked for, ``heeds`` the fields of :class:`Ranking` that the method goes by.
+    """
 
     groups: ClassVar[tuple[Kind, ...]] = ("qk", "v", "mlp")
+    supports: ClassVar[tuple[Kind, ...]] = KINDS
+    heeds: ClassVar[tuple[str, ...]] = tuple(field.name for field in fields(Ranking))
 
     @abstractmethod
     def prune(self, job: Job) -> PrunedViT:
@@ -78,8 +84,6 @@ class Method(ABC):
 
 class Scorer(Method):
     """A method that gives each unit a score; the lowest go."""
-
-    supports: ClassVar[tuple[Kind, ...]] = KINDS
 
     @abstractmethod
     def score(self, model: PrunedViT, groups: Sequence[Group], data: Data | None, seed: int) -> dict[Group, Tensor]:

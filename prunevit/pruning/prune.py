@@ -35,7 +35,7 @@ DEFAULT_METHOD = "snp"
 
 AnyMethod: TypeAlias = str | Method
 
-_RANKING = {field.name for field in fields(Ranking)}
+_RANKING = [field.name for field in fields(Ranking)]
 
 
 @torch.inference_mode(False)  # whoever calls in inference mode gets weights that can be trained
@@ -86,6 +86,7 @@ def prune(
     fits = data is None or (isinstance(data, Iterable) and not isinstance(data, Tensor | str | Mapping))
     expect(fits, PruningError, "data= of batches, such as a DataLoader", got=type(data).__name__)
     stages = _stages(methods, {name: value for name, value in options.items() if name not in _RANKING})
+    _expect_heeded(stages, ranking)
     dense = as_pruned(model)
     Plan.of(dense)  # refuses a model that its plan no longer describes, before anything is scored
     kinds = {kind for stage in stages for kind in stage.groups or ranking.groups or stage.method.groups}
@@ -123,12 +124,34 @@ def prune(
     return small
 
 
+def _expect_heeded(stages: Sequence[Stage], ranking: Ranking) -> None:
+    """Some method must go by each option of :class:`Ranking` that is asked for, and prune each kind of group."""
+    every = [stage.method for stage in stages]
+    known = [name for name in _RANKING if any(name in method.heeds for method in every)]
+    for field in fields(Ranking):
+        fits = field.name in known or getattr(ranking, field.name) in (field.default, [], {})
+        what = f"an option of every method that {_named(every)} goes by, out of {', '.join(known)}"
+        expect(fits, PruningError, what, got=field.name)
+    asked = [([stage.method], stage.groups) for stage in stages if stage.groups is not None]
+    asked += [([stage.method for stage in stages if stage.groups is None], ranking.groups or ())]
+    for methods, kinds in asked:
+        supported = {kind for method in methods for kind in method.supports}
+        what = f"kinds of group that {_named(methods)} prunes, {', '.join(sorted(supported)) or 'none'}"
+        what = what if methods else "groups= where a method does not name its own"
+        expect(set(kinds) <= supported, PruningError, what, got=", ".join(kinds))
+
+
+def _named(methods: Sequence[Method]) -> str:
+    names = {kind: name for name, kind in METHODS.items()}
+    return " or ".join(names.get(type(method), type(method).__name__) for method in methods)
+
+
 def named_method(name: str, options: Mapping[str, Any]) -> Method:
     """A method by its name, with its options; errors list the names that there are."""
     expect(name in METHODS, PruningError, f"a method out of {', '.join(sorted(METHODS))}", got=repr(name))
     kind: Any = METHODS[name]
     unknown = sorted(set(options) - _options(name))
-    what = f"options of {name} out of {', '.join(sorted(_options(name) | _RANKING))}"
+    what = f"options of {name} out of {', '.join(sorted(_options(name) | set(_RANKING)))}"
     expect(not unknown, PruningError, what, got=", ".join(unknown))
     check_types(kind, options)
     method: Method = kind(**options)

@@ -188,10 +188,18 @@ def test_no_model_is_measured_twice_in_a_round(monkeypatch: pytest.MonkeyPatch) 
     assert [p.ratio for p in seen if p.part == "mhsa"] == [0.3], "a third of its heads, at any smaller ratio too"
 
 
+@pytest.mark.parametrize(("method", "options"), [("auto:mlp", {}), ("auto", {"groups": ("mlp",)})])
+def test_only_the_kinds_that_are_asked_for_go(method: str, options: dict[str, object]) -> None:
+    small = prune(MODEL, method, {"macs": "85%"}, **{**OPTIONS, **options, "tau": 1.0})
+    assert [(b.qk_dims, b.v_dims) for b in small.spec.blocks] == [((8, 8, 8), (8, 8, 8))] * 2
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"validation": None}, "held-out"),
+        ({"groups": ("mlp", "channel")}, r"groups out of qk, v, mlp .* got mlp, channel"),
+        ({"pruning_ratio": 0.5}, "that auto goes by, .* got pruning_ratio"),
         ({"finetune_epochs": 1}, "expected train="),
         ({"scorer": "auto"}, "a scorer out of gohsp"),
         ({"step": 0.01}, "min_step"),

@@ -48,6 +48,24 @@ def test_the_cascade_deepens_linearly_and_what_is_dropped_stays_dropped() -> Non
     assert [block.num_heads for block in tokens.spec.blocks] == [4] * 4
 
 
+@pytest.mark.parametrize(
+    ("options", "heads"),
+    [
+        ({"ignored_layers": ["blocks.3.*"]}, [4, 3, 2, 4]),
+        ({"min_kept": 2}, [4, 3, 2, 2]),
+        ({"min_kept": {"head": 3}}, [4, 3, 3, 3]),
+        ({"max_pruning_ratio": 0.5}, [4, 3, 2, 2]),
+        ({"round_to": 2}, [4, 4, 2, 2]),
+        ({"groups": ("head",)}, [4, 3, 2, 1]),
+    ],
+    ids=str,
+)
+def test_options_of_the_ranking_are_about_heads(options: dict[str, object], heads: list[int]) -> None:
+    small = prune(random_model(SPEC), "cp-vit", None, [random_images(SPEC)], pruning_ratio=0.75, **options)
+    assert [block.num_heads for block in small.spec.blocks] == heads
+    assert [block.select and block.select.keep for block in small.spec.blocks] == [None, 36, 24, 12]
+
+
 def test_tokens_are_chosen_by_the_score_of_the_paper() -> None:
     """Transcribed for one image: Σ over layers and heads of the most attention that any query pays a token."""
     model, images = random_model(SPEC).double(), random_images(SPEC, 1).double()
