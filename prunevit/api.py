@@ -21,7 +21,7 @@ from .models.tensors import check_state
 from .models.vit import PrunedViT
 from .pruning import Budget
 from .pruning.budget import Constraints, Cost, costs_by_name, mappings_of
-from .pruning.method import Batches, Data
+from .pruning.method import Batches, Data, evaluating
 from .pruning.prune import DEFAULT_METHOD, AnyMethod
 from .runtime import Runtime
 from .spec import ViTSpec
@@ -147,12 +147,9 @@ def gate(model: PrunedViT, batch: int = 2) -> float:
     # on the CPU, as the runtime: a GPU's products may be in TF32
     single = copy.deepcopy(model).cpu() if half or first.device.type != "cpu" else model
     single = single.float() if half else single
-    dtype, training = next(single.parameters()).dtype, model.training
-    try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            expected = single.eval()(images.to(dtype)).float()
-    finally:
-        model.train(training)
+    dtype = next(single.parameters()).dtype
+    with evaluating(single), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        expected = single(images.to(dtype)).float()
     got = Runtime(model, device="cpu", dtype=torch.float32)(images)
     error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not error <= GATE_TOLERANCE:

@@ -105,14 +105,22 @@ class Scorer(Method):
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode inside, and as before outside."""
-    training = model.training
-    model.eval()
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, each module is in training or evaluation mode afterwards as before."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode inside, and as before outside."""
+    with keeping_modes(model):
+        model.eval()
+        yield
 
 
 def images_of(data: Data | None, model: nn.Module, most: int | None, *, of: str) -> Iterator[Tensor]:

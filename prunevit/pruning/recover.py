@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CheckpointError, PruningError, expect
 from .dealing import Dealer
-from .method import Batches, Job, evaluating, read_batch
+from .method import Batches, Job, evaluating, keeping_modes, read_batch
 from .recipe import Loss, Recipe, Student
 from .training_state import fingerprint, read_facts, read_state, write_state
 
@@ -70,8 +70,11 @@ def recover(
     """
     run = _Run(model, data, teacher, validation, Recipe.of(recipe), None if state is None else Path(state))
     run.penalty, run.on_step = penalty, on_step
-    with _own_chance(run.device), nullcontext() if teacher is None else evaluating(teacher):
-        return run.train()
+    with _own_chance(run.device), keeping_modes(model):
+        if teacher is None:
+            return run.train()
+        with evaluating(teacher), _both_heads(model):
+            return run.train()
 
 
 def recover_for(job: Job, model: nn.Module, recipe: Mapping[str, Any], **more: Any) -> History:
@@ -144,7 +147,6 @@ class _Run:
         self.identity = {} if state is None else self._identity(teacher)
 
     def train(self) -> History:
-        was_training = self.model.training
         self._resume()
         for epoch in range(len(self.history), self.recipe.epochs):
             if self.step >= self.total:
@@ -158,7 +160,6 @@ class _Run:
             self._save()
         if self.ema is not None:
             self.model.load_state_dict(self.ema.module.state_dict())
-        self.model.train(was_training)
         return self.history
 
     def _epoch(self, epoch: int) -> float:
@@ -193,7 +194,6 @@ class _Run:
         return float(np.mean(losses))
 
     def _update(self, epoch: int, loss: float) -> None:
-        # timm's schedulers count updates from 1: the first step of a warm-up has already left its floor
         self.scheduler.step_update(self.step)
         if self.recipe.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
@@ -250,6 +250,21 @@ def _join_processes(device: torch.device) -> tuple[int, int]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def _both_heads(model: nn.Module) -> Iterator[None]:
+    """Inside, a distilled model in training gives the logits of both heads, of which one learns from the teacher."""
+    if not hasattr(model, "head_dist"):
+        yield
+        return
+    distilled: Any = model
+    before = distilled.distilled_training
+    distilled.set_distilled_training(True)
+    try:
+        yield
+    finally:
+        distilled.set_distilled_training(before)
 
 
 @contextmanager

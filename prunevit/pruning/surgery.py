@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 
 import torch
+from timm.layers import DropPath, PatchDropout
 from torch import Tensor, nn
 
 from ..errors import PruningError, expect
 from ..models import PrunedViT
+from ..models.block import RaggedAttention
 from ..models.from_timm import as_pruned
 from .groups import Atoms
 from .plan import Plan, same_shape
@@ -21,7 +24,8 @@ def compact(model: nn.Module, plan: Plan) -> PrunedViT:
     """The module that a plan leaves, on the model's device and in its dtype; ``model`` is left as it is.
 
     Its ``plan`` maps to the indices of the first dense model, through however many plans. The softmax scale stays the
-    dense head's. Raises :class:`PruningError` where the plan was made for another shape.
+    dense head's; dropout rates and the switches of training are those of ``model``. Raises :class:`PruningError` where
+    the plan was made for another shape.
     """
     dense = as_pruned(model)
     fits = same_shape(dense.spec, plan.dense)
@@ -43,7 +47,21 @@ def compact(model: nn.Module, plan: Plan) -> PrunedViT:
     small.to(weights["patch_embed.proj.weight"].device)  # lists of channels are no part of the state
     small.plan = before.then(plan).to_dict()
     small.provenance, small.pretrained_cfg = dict(dense.provenance), dict(dense.pretrained_cfg)
+    _copy_training(dense, small)
     return small.train(dense.training)
+
+
+def _copy_training(dense: PrunedViT, small: PrunedViT) -> None:
+    """Dropout, distilled training and gradient checkpointing, as a training run has set them."""
+    small.distilled_training, small.grad_checkpointing = dense.distilled_training, dense.grad_checkpointing
+    there = dict(small.named_modules())
+    for name, module in dense.named_modules():
+        if isinstance(module, PatchDropout) and small.selects:
+            continue  # a model that selects a static count of patches drops none by chance
+        if name in there and isinstance(module, nn.Dropout | DropPath | PatchDropout):
+            small.set_submodule(name, deepcopy(module))
+        if name in there and isinstance(module, RaggedAttention):
+            there[name].attn_drop = module.attn_drop
 
 
 def kept_indices(plan: Plan) -> Iterator[tuple[str, tuple[Tensor | None, ...]]]:

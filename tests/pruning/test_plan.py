@@ -280,3 +280,26 @@ def test_attention_pooling_fixes_the_residual_width() -> None:
     spec = SPECS["attention_pool"]
     with pytest.raises(PruningError, match="attention pooling"):
         Plan.without(spec, {groups_of(spec, ("channel",))[0]: [0]})
+
+
+def test_what_a_training_run_has_set_is_kept() -> None:
+    spec = vit(block(), block(), block(), distilled=True)
+    rates = {"drop_rate": 0.1, "pos_drop_rate": 0.2, "patch_drop_rate": 0.3, "proj_drop_rate": 0.4}
+    dense = PrunedViT(spec, **rates, attn_drop_rate=0.5, drop_path_rate=0.6)
+    dense.set_distilled_training(True)
+    dense.set_grad_checkpointing(True)
+    (mlp,) = (group for group in groups_of(spec, ("mlp",)) if group.block == 2)
+    small = compact(dense, Plan.without(spec, {mlp: range(12)}))
+    assert small.distilled_training
+    assert small.grad_checkpointing
+    assert (small.head_drop.p, small.pos_drop.p, small.patch_drop.prob) == (0.1, 0.2, 0.3)
+    assert [b.attn.attn_drop for b in small.blocks] == [0.5] * 3
+    assert (small.blocks[2].attn.proj_drop.p, small.blocks[2].mlp.drop1.p) == (0.4, 0.4)
+    assert [getattr(b.drop_path1, "drop_prob", 0.0) for b in small.blocks] == [0.0, 0.3, 0.6]
+    images = random_images(spec)
+    torch.manual_seed(0)
+    again = compact(dense, Plan.keep_all(spec)).train()(images)
+    torch.manual_seed(0)
+    torch.testing.assert_close(again, dense.train()(images))
+    chosen = Plan.keep_all(spec).with_selection([None, select("mlp", 5), None])
+    assert isinstance(compact(dense, chosen).patch_drop, torch.nn.Identity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -188,13 +189,35 @@ def test_losses_are_what_they_say() -> None:
         torch.testing.assert_close(got, 0.75 * ce + 0.25 * lesson)
 
 
-def test_a_distilled_model_teaches_its_second_head() -> None:
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_the_second_head_of_a_distilled_model_learns_from_the_teacher_alone(by_hand: bool) -> None:
     spec = SPECS["distilled"]
-    model, teacher = random_model(spec), random_model(spec, seed=1)
-    model.set_distilled_training(True)
-    before = model.head_dist.weight.detach().clone()
-    recover(model, [(random_images(spec), torch.tensor([0, 1, 2]))], teacher=teacher, epochs=1, distillation="hard")
-    assert not torch.equal(model.head_dist.weight, before)
+    teacher, images, labels = random_model(spec, seed=1), random_images(spec), torch.tensor([0, 1, 2])
+    sgd = {"epochs": 1, "opt": "sgd", "weight_decay": 0.0, "lr": 0.1, "distillation": "hard"}
+
+    def moved(alpha: float) -> tuple[bool, bool]:
+        model = random_model(spec)
+        before = model.head.weight.detach().clone(), model.head_dist.weight.detach().clone()
+        model.set_distilled_training(by_hand)
+        recover(model, [(images, labels)], teacher=teacher, alpha=alpha, **sgd)
+        assert model.distilled_training is by_hand
+        return not torch.equal(model.head.weight, before[0]), not torch.equal(model.head_dist.weight, before[1])
+
+    assert moved(alpha=0.0) == (True, False)
+    assert moved(alpha=1.0) == (False, True)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_module_is_left_in_its_own_mode(fails: bool) -> None:
+    model = fresh().eval()
+    model.blocks[0].train()
+    before = [module.training for module in model.modules()]
+    data = list(problem())
+    data[1:2] = [(data[1][0], data[1][1] + 7)] if fails else []
+    with pytest.raises(PruningError) if fails else nullcontext():
+        recover(model, data, epochs=1)
+    accuracy(model, problem())
+    assert [module.training for module in model.modules()] == before
 
 
 @pytest.mark.parametrize(
