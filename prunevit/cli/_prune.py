@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +14,7 @@ from .._units import si
 from ..errors import PruningError, expect
 from ..models.from_timm import as_pruned
 from ..models.vit import PrunedViT
-from ..pruning import METHODS, Step
+from ..pruning import METHODS, Ranking, Step
 from ..pruning.auto import Auto
 from ..pruning.journal import Probe, plot_journal
 from ..spec import ViTSpec
@@ -62,6 +62,7 @@ class Request:
 def run(request: Request, output: Output) -> None:
     """Prune, save, and report."""
     expect(os.environ.get("WORLD_SIZE", "1") == "1", PruningError, "one process (recover with several)", got="torchrun")
+    _expect_options(request)
     device = device_of(request.device)
     opened = open_model(request.model, pretrained=request.pretrained)
     dense = as_pruned(opened).to(device).eval()
@@ -93,6 +94,15 @@ def run(request: Request, output: Output) -> None:
     result["out"] = str(api.save(pruned, request.out))
     output.done(result, _table(request, dense.spec, pruned.spec, result))
     output.say(f"wrote {request.out}; recover its accuracy with: prunevit finetune {request.out} --data … --out …")
+
+
+def _expect_options(request: Request) -> None:
+    """Keywords of :func:`prunevit.prune` beyond those of methods and ranking have options of their own here."""
+    kinds: list[Any] = [Ranking, *(METHODS[name] for name in request.method_names)]
+    known = [field.name for kind in kinds for field in fields(kind)]
+    unknown = sorted(set(request.options) - set(known))
+    what = f"options of {', '.join(request.methods)} out of {', '.join(sorted(known))}"
+    expect(not unknown, PruningError, what, got=", ".join(unknown))
 
 
 def _options(request: Request) -> dict[str, Any]:

@@ -64,10 +64,12 @@ def command(
 
         from .. import api
         from ..models.from_timm import as_pruned
-        from ..pruning import recover
+        from ..pruning import Recipe, recover
         from ._measure import accuracy
         from ._models import data_for, device_of, open_model
 
+        options = {"epochs": epochs, "lr": lr, "seed": seed, **given}
+        Recipe.of(options)
         where = device_of(device)
         torch.manual_seed(seed)
         opened = open_model(model, pretrained=pretrained)
@@ -84,7 +86,6 @@ def command(
         before = accuracy(student.eval(), held_out, where)
         try:
             with output.bar("training") as bar:
-                options = {"epochs": epochs, "lr": lr, "seed": seed, **given}
                 history = recover(student, train, teacher=dense, state=state, on_step=bar.step, **options)
         finally:
             if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -37,6 +37,7 @@ from .groups import Kind, check_kinds, groups_of
 from .journal import Journal, Probe
 from .method import Batches, Job, Method, Scorer, evaluating, read_batch
 from .plan import Plan
+from .recipe import Recipe
 from .recover import accuracy, recover_for
 from .scorers import SCORERS
 from .surgery import compact
@@ -82,6 +83,7 @@ class Auto(Method):
             "tau and probes of at least 0",
             got=(self.tau, self.probes),
         )
+        Recipe.of(self.recipe)
         expect(self.against in ("round", "dense"), PruningError, "against round or dense", got=repr(self.against))
 
     def prune(self, job: Job) -> PrunedViT:

@@ -30,6 +30,7 @@ from ..models import PrunedViT
 from .groups import Atoms, Group, Kind, groups_of
 from .method import Data, Job, Scorer, evaluating, images_of, reduce_square, watched_qkv
 from .plan import Plan
+from .recipe import Recipe
 from .recover import Step, recover_for
 from .surgery import compact
 
@@ -59,6 +60,7 @@ class GOHSP(Scorer):
     def __post_init__(self) -> None:
         expect(0 < self.damping <= 1, PruningError, "damping in (0, 1]", got=self.damping)
         expect(self.keep in ("central", "peripheral"), PruningError, "keep central or peripheral", got=repr(self.keep))
+        Recipe.of(self.recipe)
         expect(self.stages >= 0 and self.stage_epochs >= 1, PruningError, "a count of stages", got=self.stages)
 
     @torch.no_grad()

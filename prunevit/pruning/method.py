@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import PruningError, expect
@@ -137,9 +138,10 @@ def labelled(data: Data | None, model: nn.Module, most: int | None, *, of: str) 
 
 
 def read_batch(batch: Any, model: nn.Module, of: str, *, labels: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Images [B, C, H, W] and labels [B] of a batch, or None where ``labels`` are not looked at.
+    """Images [B, C, H, W] and labels, [B] or [B, num_classes], of a batch, where the model is and images in its dtype.
 
-    Raises :class:`PruningError` for a batch that is not of the model's size and classes.
+    None in place of the labels where ``labels`` are not looked at. Raises :class:`PruningError` for a batch that is not
+    of the model's size and classes, and where labels are of no use: no logits, or some for each token.
     """
     parts = [batch] if isinstance(batch, Tensor) else batch
     pair = isinstance(parts, list | tuple) and len(parts) > 0 and all(isinstance(part, Tensor) for part in parts[:2])
@@ -151,9 +153,13 @@ def read_batch(batch: Any, model: nn.Module, of: str, *, labels: bool = True) ->
     what = "[B, C, H, W]" if size is None else f"[B, {', '.join(map(str, size))}]"
     expect(fits, PruningError, f"{of} to get images {what}", got=list(images.shape))
     parts = [part.clone() if part.is_inference() else part for part in parts[:2]]  # autograd would refuse them
-    images = parts[0]
+    like = next(model.parameters())
+    images = parts[0].to(like.device, like.dtype)
     if not labels:
         return images, None
+    has_logits = getattr(model, "num_classes", None) != 0 and getattr(model, "global_pool", None) != ""
+    what = f"{of} to get a model with a classifier and a pooling, which labels can be about (reset_classifier)"
+    expect(has_logits, PruningError, what, got="num_classes 0 or global_pool ''")
     if len(parts) < 2:
         raise PruningError(f"{of}: expected batches of (images, labels), got images alone")
     classes = getattr(model, "num_classes", None) or 2**31
@@ -163,7 +169,7 @@ def read_batch(batch: Any, model: nn.Module, of: str, *, labels: bool = True) ->
         fits = tuple(parts[1].shape) == (len(images),) and bool(((parts[1] >= 0) & (parts[1] < classes)).all())
     what = f"{of} to get an integer from 0 to {classes - 1} as the label of each of {len(images)} images"
     expect(fits, PruningError, what, got=f"{parts[1].dtype} {list(parts[1].shape)} with {_extremes(parts[1])}")
-    return images, parts[1]
+    return images, parts[1].to(like.device, torch.float32 if parts[1].is_floating_point() else torch.int64)
 
 
 def _extremes(values: Tensor) -> str:
@@ -177,16 +183,16 @@ def _batches(
         raise PruningError(
             f"expected images that {of} can measure on (--data DIR or digits; data=batches in Python), got none"
         )
-    like, seen = next(model.parameters()), 0
+    seen = 0
     for batch in data:
         images, target = read_batch(batch, model, of, labels=labels)
         rest = len(images) if most is None else most - seen
         if rest <= 0:
             break
         seen += len(images[:rest])
-        images = images[:rest].to(like.device, like.dtype)
+        images = images[:rest]
         expect(bool(images.isfinite().all()), PruningError, f"{of} to get finite images", got="NaN or infinity")
-        yield images, None if target is None else target[:rest].to(like.device)
+        yield images, None if target is None else target[:rest]
     expect(seen > 0, PruningError, f"{of} to get at least one image", got="none")
 
 

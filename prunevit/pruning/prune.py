@@ -19,12 +19,13 @@ from .auto import Auto
 from .budget import Budget, Constraints, Cost, mappings_of
 from .combine import Sequential, Stage
 from .cp_vit import CPViT, EViT
-from .groups import check_kinds
+from .groups import KINDS, check_kinds
 from .method import Batches, Data, Job, Method
 from .options import check_types
 from .plan import Plan
 from .provenance import with_pruning
 from .ranking import Ranking
+from .recipe import Recipe
 from .recover import Step
 from .scorers import SCORERS
 
@@ -83,6 +84,7 @@ def prune(
     expect(type(rounds) is int and rounds >= 1, PruningError, "at least one round", got=repr(rounds))
     fits = recovery is None or isinstance(recovery, Mapping)
     expect(fits, PruningError, 'recovery such as {"epochs": 1}, options of recover', got=repr(recovery))
+    Recipe.of(recovery or {})
     fits = data is None or (isinstance(data, Iterable) and not isinstance(data, Tensor | str | Mapping))
     expect(fits, PruningError, "data= of batches, such as a DataLoader", got=type(data).__name__)
     stages = _stages(methods, {name: value for name, value in options.items() if name not in _RANKING})
@@ -127,18 +129,18 @@ def prune(
 def _expect_heeded(stages: Sequence[Stage], ranking: Ranking) -> None:
     """Some method must go by each option of :class:`Ranking` that is asked for, and prune each kind of group."""
     every = [stage.method for stage in stages]
-    known = [name for name in _RANKING if any(name in method.heeds for method in every)]
+    heeded = [name for name in _RANKING if any(name in method.heeds for method in every)]
     for field in fields(Ranking):
-        fits = field.name in known or getattr(ranking, field.name) in (field.default, [], {})
-        what = f"an option of every method that {_named(every)} goes by, out of {', '.join(known)}"
+        fits = field.name in heeded or getattr(ranking, field.name) in (field.default, [], {})
+        what = f"an option of every method that {_named(every)} goes by, out of {', '.join(heeded)}"
         expect(fits, PruningError, what, got=field.name)
     asked = [([stage.method], stage.groups) for stage in stages if stage.groups is not None]
     asked += [([stage.method for stage in stages if stage.groups is None], ranking.groups or ())]
     for methods, kinds in asked:
-        supported = {kind for method in methods for kind in method.supports}
-        what = f"kinds of group that {_named(methods)} prunes, {', '.join(sorted(supported)) or 'none'}"
+        known = [kind for kind in KINDS if any(kind in method.supports for method in methods)]
+        what = f"kinds of group that {_named(methods)} prunes, {', '.join(known) or 'none'} (for others combine it)"
         what = what if methods else "groups= where a method does not name its own"
-        expect(set(kinds) <= supported, PruningError, what, got=", ".join(kinds))
+        expect(set(kinds) <= set(known), PruningError, what, got=", ".join(kinds))
 
 
 def _named(methods: Sequence[Method]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
 import torch
+from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +16,10 @@ from .options import check_types
 from .plan import Plan
 
 Distillation = Literal["hard", "soft", "feature"]
+Schedule = Literal["cosine", "poly", "step"]
+
+# of timm's own, step would first decay after 90 epochs, and poly, a tenth root, end at most of where it began
+SCHEDULES: dict[Schedule, dict[str, float]] = {"cosine": {}, "poly": {"decay_rate": 1.0}, "step": {"decay_rate": 0.1}}
 
 
 @dataclass(frozen=True)
@@ -24,13 +30,15 @@ class Recipe:
     ``hard`` learns its class, ``soft`` its probabilities at ``temperature``, ``feature`` also its pooled features;
     ``alpha`` is its share of the loss. ``accumulate`` batches make one step. ``ema_decay`` keeps a moving average,
     which the model ends with. ``amp`` None means on CUDA only. ``max_steps`` ends training early, the schedule with it.
+    ``sched`` is ``cosine``, ``poly`` (linear) or ``step`` (a tenth after each third of the training). ``mixup`` and
+    ``cutmix`` take labels that are whole numbers; of an odd number of images the last stays as it is.
     """
 
     epochs: int = 10
     lr: float = 5e-4
     opt: str = "adamw"
     weight_decay: float = 0.05
-    sched: str = "cosine"
+    sched: Schedule = "cosine"
     warmup_epochs: int = 0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-6
@@ -50,15 +58,18 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        for name in ("epochs", "accumulate", "lr", "temperature"):
-            expect(getattr(self, name) > 0, PruningError, f"{name} above 0", got=getattr(self, name))
+        for name in ("epochs", "accumulate", "lr", "temperature", "clip_grad", "max_steps"):
+            value = getattr(self, name)
+            expect(value is None or value > 0, PruningError, f"{name} above 0", got=value)
+        for name in ("weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "mixup", "cutmix", "seed"):
+            expect(getattr(self, name) >= 0, PruningError, f"{name} of at least 0", got=getattr(self, name))
         for name in ("alpha", "smoothing"):
             expect(0 <= getattr(self, name) <= 1, PruningError, f"{name} between 0 and 1", got=getattr(self, name))
         if self.ema_decay is not None:
             expect(0 < self.ema_decay < 1, PruningError, "ema_decay between 0 and 1", got=self.ema_decay)
 
     @classmethod
-    def of(cls, options: dict[str, Any]) -> Self:
+    def of(cls, options: Mapping[str, Any]) -> Self:
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(options) - set(known))
         expect(not unknown, PruningError, f"options of recover out of {', '.join(known)}", got=", ".join(unknown))
@@ -66,6 +77,24 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class Mixing:
+    """timm's mixup and cutmix. The images and labels given are left as they are."""
+
+    def __init__(self, recipe: Recipe, model: nn.Module) -> None:
+        self.classes: Any = getattr(model, "num_classes", None)
+        expect(type(self.classes) is int, PruningError, "a model with num_classes, to mix labels", got=self.classes)
+        # smoothing is the loss's, for mixed and plain labels alike
+        self.mix: Any = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=self.classes)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, C, H, W], labels [B] -> mixed images, and labels [B, num_classes]."""
+        expect(not labels.is_floating_point(), PruningError, "labels of whole numbers, to mix", got=labels.dtype)
+        images, target = images.clone(), F.one_hot(labels, self.classes).float()
+        if even := len(images) // 2 * 2:
+            images[:even], target[:even] = self.mix(images[:even], labels[:even])
+        return images, target
 
 
 class Student(nn.Module):
@@ -121,7 +150,7 @@ class Loss:
         if self.teacher is None:
             return loss
         with torch.no_grad():
-            taught, seen = self.teacher(images)
+            taught, seen = self.teacher(images.to(next(self.teacher.parameters()).dtype))
         alpha, t = self.recipe.alpha, self.recipe.temperature
         if self.recipe.distillation == "hard":
             lesson = F.cross_entropy(to_teacher.float(), taught.argmax(-1))

@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -23,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import CheckpointError, PruningError, expect
 from .dealing import Dealer
 from .method import Batches, Job, evaluating, keeping_modes, read_batch
-from .recipe import Loss, Recipe, Student
+from .recipe import SCHEDULES, Loss, Mixing, Recipe, Student
 from .training_state import fingerprint, read_facts, read_state, write_state
 
 History: TypeAlias = list[dict[str, float]]
@@ -84,14 +83,14 @@ def recover_for(job: Job, model: nn.Module, recipe: Mapping[str, Any], **more: A
 
 
 def accuracy(model: nn.Module, data: Batches) -> float:
-    """The share of images whose highest logit is their label's."""
-    device = next(model.parameters()).device
+    """The share of images whose highest logit is their label's, or that of the highest of several labels."""
     right = seen = 0
     with evaluating(model), torch.no_grad():
         for batch in data:
             images, labels = read_batch(batch, model, "accuracy")
             assert labels is not None
-            right += int((model(images.to(device)).argmax(-1) == labels.to(device)).sum())
+            best = labels.argmax(-1) if labels.dim() > 1 else labels
+            right += int((model(images).argmax(-1) == best).sum())
             seen += len(labels)
     expect(seen > 0, PruningError, "at least one image to measure accuracy on", got="none")
     return right / seen
@@ -115,34 +114,36 @@ class _Run:
         self.rank, self.world = _join_processes(self.device)
         self.dealer = Dealer(data, self.rank, self.world)
         self.updates = -(-self.dealer.batches // recipe.accumulate)
-        self.total = min(recipe.max_steps or 2**62, recipe.epochs * self.updates)
+        whole = recipe.epochs * self.updates
+        self.total = whole if recipe.max_steps is None else min(recipe.max_steps, whole)
         self.loss = Loss(recipe, model, teacher)
         student = Student(model, Loss.features(recipe, teacher))
         self.student: nn.Module = DistributedDataParallel(student) if self.world > 1 else student
+        trains = any(weight.requires_grad for weight in model.parameters())
+        expect(trains, PruningError, "a model with weights to train", got="requires_grad False of all of them")
         try:
             self.optimizer = create_optimizer_v2(model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
-            self.scheduler, _ = create_scheduler_v2(
-                self.optimizer,
-                sched=recipe.sched,
-                num_epochs=self.total / self.updates,  # a part of an epoch where max_steps ends training
-                warmup_epochs=recipe.warmup_epochs,
-                warmup_lr=recipe.warmup_lr,
-                min_lr=recipe.min_lr,
-                step_on_epochs=False,
-                updates_per_epoch=self.updates,
-            )
-        except ValueError as error:  # the names are timm's: it says which of the two it does not know
-            what = "opt and sched that timm has, such as adamw, lamb or sgd, and cosine, step or poly"
-            raise PruningError(f"expected {what}, got {recipe.opt} and {recipe.sched}: {error}") from None
+        except ValueError as error:
+            what = "an opt that timm has, such as adamw, lamb or sgd"
+            raise PruningError(f"expected {what}, got {recipe.opt}: {error}") from None
+        epochs: Any = self.total / self.updates  # a part of an epoch where max_steps ends training
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=recipe.sched,
+            num_epochs=epochs,
+            decay_epochs=epochs / 3,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_lr=recipe.warmup_lr,
+            min_lr=recipe.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=self.updates,
+            **SCHEDULES[recipe.sched],
+        )
         amp = self.device.type == "cuda" if recipe.amp is None else recipe.amp
         self.autocast = torch.autocast(self.device.type, getattr(torch, recipe.amp_dtype), enabled=amp)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and recipe.amp_dtype == "float16")
         self.ema = None if recipe.ema_decay is None else ModelEmaV3(model, decay=recipe.ema_decay)
-        self.mix: Any = None
-        if recipe.mixup or recipe.cutmix:
-            classes: Any = getattr(model, "num_classes", None)
-            # smoothing is the loss's, for mixed and plain labels alike
-            self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=classes)
+        self.mix = Mixing(recipe, model) if recipe.mixup or recipe.cutmix else None
         self.step, self.history = 0, History()
         self.identity = {} if state is None else self._identity(teacher)
 
@@ -170,9 +171,8 @@ class _Run:
             assert target is not None
             if at % self.recipe.accumulate == 0:
                 group = min(self.recipe.accumulate, self.dealer.batches - at)
-            images, target = images.to(self.device), target.to(self.device)
             if self.mix is not None:
-                images, target = self.mix(images.clone(), target)  # it mixes in place, and the images are the caller's
+                images, target = self.mix(images, target)
             with self.autocast:
                 output = self.student(images)
                 loss = self.loss(output, images, target)

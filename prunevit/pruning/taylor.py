@@ -10,7 +10,8 @@ are taken per batch, then summed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class Taylor(Scorer):
         parameters = dict(model.named_parameters())
         scores = {group: torch.zeros(group.size, dtype=torch.float64) for group in groups}
         for images, labels in labelled(data, model, self.images, of="taylor"):
-            with torch.enable_grad():
+            with torch.enable_grad(), _all_trainable(model):
                 loss = F.cross_entropy(model(images), labels, reduction="sum")
                 grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             change = {
@@ -43,6 +44,18 @@ class Taylor(Scorer):
             for group in groups:
                 scores[group] += _of_group(group, change, model).abs()
         return scores
+
+
+@contextmanager
+def _all_trainable(model: PrunedViT) -> Iterator[None]:
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
 
 
 def _of_group(group: Group, change: dict[str, Tensor], model: PrunedViT) -> Tensor:

@@ -26,7 +26,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
 def write_state(path: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, facts: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from prunevit.errors import CheckpointError, PruningError
 from prunevit.models import PrunedViT
 from prunevit.pruning import Step, accuracy, prune, recover
-from prunevit.pruning.recipe import Loss, Recipe, Student
+from prunevit.pruning.recipe import Loss, Mixing, Recipe, Student
 from tests.specs import SPECS, block, random_images, random_model, vit
 
 SPEC = vit(block(), block(), embed_dim=32)
@@ -75,6 +75,68 @@ def test_mixing_leaves_the_callers_images(recipe: dict[str, float]) -> None:
     before = [images.clone() for images, _ in data]
     recover(fresh(), data, epochs=2, **recipe)
     assert all(torch.equal(images, kept) for (images, _), kept in zip(data, before, strict=True))
+
+
+@pytest.mark.parametrize("images", [1, 3, 4])
+def test_mixing_leaves_an_odd_image_as_it_is(images: int) -> None:
+    mix = Mixing(Recipe(mixup=0.8, cutmix=1.0), fresh())
+    x, labels = random_images(SPEC, images), torch.arange(images)
+    mixed, target = mix(x, labels)
+    assert target.shape == (images, 7)
+    torch.testing.assert_close(target.sum(1), torch.ones(images))
+    if images % 2:
+        assert torch.equal(mixed[-1], x[-1])
+        assert target[-1].argmax() == labels[-1]
+    recover(fresh(), [(x, labels)], epochs=1, mixup=0.8)
+    with pytest.raises(PruningError, match=r"whole numbers, to mix, got torch\.float32"):
+        recover(fresh(), [(x, target)], epochs=1, mixup=0.8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_images_take_the_models_dtype(dtype: torch.dtype) -> None:
+    model, teacher = fresh().to(dtype), fresh()
+    before = weights(model)
+    recover(model, problem(), teacher=teacher, epochs=1, distillation="feature")
+    assert weights(model).dtype == dtype
+    assert not torch.equal(weights(model), before)
+    assert 0 <= accuracy(model, problem()) <= 1
+    soft = [(images, F.one_hot(labels, 7).to(dtype)) for images, labels in problem()]
+    recover(model, soft, epochs=1)
+
+
+def test_accuracy_of_several_labels_is_that_of_the_highest() -> None:
+    model, images = fresh(), random_images(SPEC, 7)  # as many images as classes
+    labels = model(images).argmax(-1)
+    assert accuracy(model, [(images, F.one_hot(labels, 7).float())]) == accuracy(model, [(images, labels)]) == 1.0
+
+
+@pytest.mark.parametrize("name", ["no_classes", "no_pool", "distilled_no_classes"])
+def test_labels_need_a_classifier(name: str) -> None:
+    model = random_model(SPECS[name])
+    data = [(random_images(model.spec, 4), torch.arange(4))]
+    for call in (
+        lambda: recover(model, data, epochs=1),
+        lambda: recover(model, data, teacher=model, distillation="feature", epochs=1),
+        lambda: accuracy(model, data),
+        lambda: prune(model, "taylor", {"macs": "80%"}, data),
+    ):
+        with pytest.raises(PruningError, match="a classifier and a pooling"):
+            call()
+
+
+def test_weights_that_are_all_frozen_are_refused() -> None:
+    with pytest.raises(PruningError, match="weights to train"):
+        recover(fresh().requires_grad_(False), problem(), epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("sched", "first", "middle", "last"),
+    [("poly", 5e-4, 2.5e-4, 0), ("step", 5e-4, 5e-5, 5e-6), ("cosine", 5e-4, 2.5e-4, 0)],
+)
+def test_a_schedule_decays_within_the_training(sched: str, first: float, middle: float, last: float) -> None:
+    steps = list[Step]()
+    recover(fresh(), [next(iter(problem()))], epochs=31, sched=sched, min_lr=0.0, on_step=steps.append)
+    assert [steps[i].lr for i in (0, 15, 30)] == pytest.approx([first, middle, last], rel=0.1, abs=3e-5)
 
 
 @pytest.mark.parametrize(
@@ -229,8 +291,13 @@ def test_every_module_is_left_in_its_own_mode(fails: bool) -> None:
         ({"alpha": 2.0}, "alpha"),
         ({"mixup": "lots"}, "mixup to be float, got 'lots'"),
         ({"amp_dtype": "fp8"}, "amp_dtype out of bfloat16, float16, got 'fp8'"),
-        ({"opt": "nope"}, "such as adamw.* got nope and cosine"),
-        ({"sched": "nope"}, "cosine, step or poly, got adamw and nope"),
+        ({"opt": "nope"}, "such as adamw.* got nope"),
+        ({"sched": "plateau"}, "sched out of cosine, poly, step, got 'plateau'"),
+        ({"max_steps": 0}, "max_steps above 0, got 0"),
+        ({"clip_grad": -1.0}, "clip_grad above 0, got -1"),
+        ({"weight_decay": -1.0}, "weight_decay of at least 0, got -1"),
+        ({"warmup_epochs": -1}, "warmup_epochs of at least 0, got -1"),
+        ({"seed": -1}, "seed of at least 0, got -1"),
         ({"lr": 1e12, "opt": "sgd", "epochs": 20}, "finite loss"),
     ],
 )

@@ -36,6 +36,17 @@ def test_magnitude_is_the_norm_of_what_surgery_removes(name: str) -> None:
             assert float(scores[group][unit]) == pytest.approx(want, rel=1e-5)
 
 
+def test_taylor_scores_frozen_weights_as_any_others() -> None:
+    model = random_model(SPECS["layer_scale"])
+    data, groups = [(random_images(model.spec), torch.tensor([0, 3, 1]))], groups_of(model.spec, KINDS)
+    before = Taylor().score(model, groups, data, 0)
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    after = Taylor().score(model, groups, data, 0)
+    assert all(torch.equal(before[group], after[group]) for group in groups)
+    assert [name for name, weight in model.named_parameters() if weight.requires_grad] == ["head.weight", "head.bias"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_taylor_is_the_gradient_of_a_gate_on_each_unit(name: str) -> None:
     """Multiply each unit's output by a gate g = 1; the score is |∂L/∂g|."""
