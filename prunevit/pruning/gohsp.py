@@ -8,18 +8,19 @@ share of the stationary distribution. The optimisation prunes softly first: trai
 U‖², where Z = Π(W + U) has the structure to come and U += W − Z; then it prunes hard and fine-tunes. The result is
 heterogeneous: every layer keeps its own number of heads and every matrix its own neurons.
 
-Our reading: S_ij = 1 − JSD₂(A_i ‖ A_j) averaged over rows and images, S_ii = 0, rows normalised, damping as in
-PageRank; whether the central head is the one to keep (representative) or to drop (redundant) is open, hence ``keep``;
-value neurons (columns of proj), MLP neurons (rows of fc1, columns of fc2) and pairs are ranked by the norm of those;
-Π multiplies what is to go by a mask that falls linearly to 0 over the stages (ADMM, scaled form), and what is to go
-is chosen anew at each.
+Our reading: units of a kind are ranked among all layers, a head's importance over the mean of its layer; S_ij = 1 −
+JSD₂(A_i ‖ A_j) averaged over rows and images, S_ii = 0, rows normalised, damping as in PageRank; whether the
+central head is the one to keep (representative) or to drop (redundant) is open, hence ``keep``; value neurons (columns
+of proj), MLP neurons (rows of fc1, columns of fc2) and pairs are ranked by the norm of those; Π multiplies what
+is to go by a mask that falls linearly to 0 over the stages (ADMM, scaled form), and what is to go is chosen anew at
+each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -41,6 +42,7 @@ _SOFT = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weigh
 class GOHSP(Scorer):
     """Head ranking on ``images`` images; with ``stages`` soft stages of ``stage_epochs`` on the training data.
 
+    Units are ranked ``isomorphic`` unless told otherwise: each layer keeps its own number of heads and neurons.
     ``recipe`` are options of :func:`recover` for the soft stages and for the ``finetune_epochs`` after the cut.
     Without ``stages`` the ranking alone prunes, at once.
     """
@@ -82,10 +84,14 @@ class GOHSP(Scorer):
         scores = {}
         for group, total in totals.items():
             share = stationary(total / count, self.damping)
-            scores[group] = share if self.keep == "central" else 1 - share
+            only = group.size == 1  # which is as peripheral as it is central
+            scores[group] = share if self.keep == "central" or only else 1 - share
         return scores
 
     def prune(self, job: Job) -> PrunedViT:
+        ranking = job.budget.ranking
+        if ranking.isomorphic is None and not ranking.global_pruning:
+            job = replace(job, budget=replace(job.budget, ranking=replace(ranking, isomorphic=True)))
         if self.stages or self.finetune_epochs:
             job.training_data("gohsp trains in its soft stages and after the cut")
         if not self.stages:

@@ -38,8 +38,9 @@ class Ranking:
     """How scores are compared and what may go.
 
     ``groups``: the kinds to prune (None: the method's own). Ranks are taken in each group alone, so that every group
-    gives up the same share (the default); with ``isomorphic`` among all groups of a kind; with ``global_pruning`` among
-    all units, each score divided within its layer as ``normalizer`` says of those above −∞ (None: raw scores).
+    gives up the same share (the default, but of gohsp); with ``isomorphic`` among all groups of a kind; with
+    ``global_pruning`` among all units, each score divided within its layer as ``normalizer`` says of those above −∞
+    (None: raw scores).
     ``pruning_ratio`` drops a fixed share first: of every group, or by address pattern (``{"blocks.0.*": 0.2, "qk":
     0.5}``, the last match counts); a constraint then takes what it needs beyond. ``max_pruning_ratio`` bounds the share
     that any group loses, in the same two forms. Both are shares of the model that prune() is given, through however
@@ -52,7 +53,7 @@ class Ranking:
 
     groups: tuple[Kind, ...] | None = None
     global_pruning: bool = False
-    isomorphic: bool = False
+    isomorphic: bool | None = None
     normalizer: Normalizer | None = "mean"
     pruning_ratio: float | Mapping[str, float] | None = None
     max_pruning_ratio: float | Mapping[str, float] = 1.0
