@@ -21,7 +21,7 @@ from .models.tensors import check_state
 from .models.vit import PrunedViT
 from .pruning import Budget
 from .pruning.budget import Constraints, Cost, costs_by_name, mappings_of
-from .pruning.method import Batches, Data, evaluating
+from .pruning.method import Batches, Data, Replayed, evaluating
 from .pruning.prune import DEFAULT_METHOD, AnyMethod
 from .runtime import Runtime
 from .spec import ViTSpec
@@ -78,7 +78,7 @@ def prune(
     :class:`PruningError` for anything else that does not fit; :class:`CheckpointError` for a file of another run.
     """
     if isinstance(data, Iterator):
-        data = list(data)  # scores of several methods, or attempts, look at the images several times
+        data = Replayed(data)  # scores of several methods, or attempts, look at the images several times
     source = as_pruned(model)
     every = mappings_of(constraints)
     last = every[-1]

@@ -91,8 +91,10 @@ class Watched:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._batches:
-            yield batch
-            self._bar.advance()
+            try:
+                yield batch
+            finally:  # also after the last one that is looked at
+                self._bar.advance()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import tee
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
@@ -27,6 +28,17 @@ Data: TypeAlias = Iterable[Tensor | Sequence[Tensor]]
 
 Batches: TypeAlias = Iterable[Sequence[Tensor]]
 """Batches of (images, labels), again and again."""
+
+
+class Replayed:
+    """An iterator's batches, to go through again and again. Keeps those that were looked at, and draws no others."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        (self.start,) = tee(batches, 1)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.start, again = tee(self.start)
+        return again
 
 
 @dataclass(frozen=True)
@@ -193,6 +205,8 @@ def _batches(
         images = images[:rest]
         expect(bool(images.isfinite().all()), PruningError, f"{of} to get finite images", got="NaN or infinity")
         yield images, None if target is None else target[:rest]
+        if seen == most:
+            break  # another batch would be read to be left
     expect(seen > 0, PruningError, f"{of} to get at least one image", got="none")
 
 

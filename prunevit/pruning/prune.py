@@ -20,7 +20,7 @@ from .budget import Budget, Constraints, Cost, mappings_of
 from .combine import Sequential, Stage
 from .cp_vit import CPViT, EViT
 from .groups import KINDS, check_kinds
-from .method import Batches, Data, Job, Method
+from .method import Batches, Data, Job, Method, Replayed
 from .options import check_types
 from .plan import Plan
 from .provenance import with_pruning
@@ -114,7 +114,7 @@ def prune(
     else:
         chosen = Sequential(stages, rounds, recovery)
     # scores of several methods look at the images several times
-    again = list(data) if isinstance(data, Iterator) else data
+    again = Replayed(data) if isinstance(data, Iterator) else data
     small = chosen.prune(Job(dense, budget, again, seed, train, validation, on_step))
     if not small.spec.num_classes and small.spec.embed_dim != dense.spec.embed_dim:
         what = "features are %d wide now, and were %d: groups without channel would leave them"

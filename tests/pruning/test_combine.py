@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+import prunevit
 from prunevit.errors import BudgetError, PruningError
 from prunevit.pruning import Plan, prune
 from prunevit.spec import ViTSpec
@@ -28,6 +30,22 @@ def test_neurons_then_heads_then_blocks() -> None:
     assert plan.dense == SPEC
     torch.testing.assert_close(plan.mask(MODEL)(IMAGES), small(IMAGES), rtol=1e-4, atol=1e-4)
     assert small.provenance["method"] == "+".join(methods)
+
+
+@pytest.mark.parametrize("call", [prune, prunevit.prune])
+def test_of_an_endless_iterator_only_what_is_looked_at_is_read(call: Any) -> None:
+    read = 0
+
+    def endless() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        nonlocal read
+        while True:
+            read += 1
+            yield IMAGES[:4] + read, torch.arange(4)
+
+    small = call(MODEL, ["snp:qk,v,mlp", "taylor:head"], {"macs": "70%"}, endless(), images=16)
+    assert read == 4
+    seen = [(IMAGES[:4] + n, torch.arange(4)) for n in (1, 2, 3, 4)]
+    assert call(MODEL, ["snp:qk,v,mlp", "taylor:head"], {"macs": "70%"}, seen, images=16).plan == small.plan
 
 
 def test_constraints_for_each_method() -> None:
