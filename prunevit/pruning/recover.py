@@ -65,7 +65,8 @@ def recover(
 
     Chance comes from the recipe's seed, the epoch and the process alone (a loader's own generators are seeded too, and
     its workers start anew); the caller's random state is left as it was. Raises :class:`PruningError` on options that
-    do not exist and on a loss that is no number, :class:`CheckpointError` on a state of another run.
+    do not exist, on a model that gives no logits and on a loss that is no number, :class:`CheckpointError` on a state
+    of another run.
     """
     run = _Run(model, data, teacher, validation, Recipe.of(recipe), None if state is None else Path(state))
     run.penalty, run.on_step = penalty, on_step
