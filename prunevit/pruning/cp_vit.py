@@ -79,7 +79,8 @@ class CPViT(_TokenMethod):
         expect(start < spec.depth, PruningError, f"a start before the last of {spec.depth} layers", got=start)
         ranking = job.budget.ranking
         wanted = self.heads and "head" in (ranking.groups or self.groups)
-        _, may_go = replace(ranking, pruning_ratio=None).order(self._heads(job) if wanted else {})
+        scores = self._heads(job) if wanted else {}
+        _, may_go = replace(ranking, pruning_ratio=None).order(scores, job.first(scores))
 
         def plan_of(ratio: float) -> Plan:
             share = [ratio * max(0, i - start + 1) / (spec.depth - start) for i in range(spec.depth)]
