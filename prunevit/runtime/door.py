@@ -50,10 +50,10 @@ class Door:
         expect(images.shape[1] == spec.in_chans, InputError, f"{spec.in_chans} channels", got=images.shape[1])
         size = (images.shape[2], images.shape[3])
         if spec.dynamic_img_size:
-            fits = all(s >= p for s, p in zip(size, spec.patch_size))
-            if not spec.dynamic_img_pad:
-                fits = fits and all(s % p == 0 for s, p in zip(size, spec.patch_size))
-            expect(fits, InputError, f"sides that are multiples of the patch size {spec.patch_size}", got=size)
+            steps = (1, 1) if spec.dynamic_img_pad else spec.patch_size  # an image is padded to whole patches
+            fits = all(s >= step and s % step == 0 for s, step in zip(size, steps))
+            sides = "of at least one pixel" if spec.dynamic_img_pad else f"that are multiples of the patch size {steps}"
+            expect(fits, InputError, f"sides {sides}", got=size)
         else:
             expect(
                 size == spec.img_size, InputError, f"images of {spec.img_size[0]} × {spec.img_size[1]} pixels", got=size

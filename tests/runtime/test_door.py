@@ -59,6 +59,17 @@ def test_a_first_call_in_inference_mode_is_no_obstacle_to_one_outside(backend: s
     assert not runtime(images).is_inference()
 
 
+def test_a_padded_image_may_be_smaller_than_a_patch() -> None:
+    model = random_model(vit(block(), dynamic_img_size=True, dynamic_img_pad=True))
+    runtime = Runtime(model, device="cpu")
+    for size in ((3, 9), (1, 1), (9, 9)):
+        images = torch.randn(1, 3, *size) + 3
+        with torch.no_grad():
+            torch.testing.assert_close(runtime(images), model(images), rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match=r"expected sides of at least one pixel, got \(0, 9\)"):
+        runtime(torch.zeros(1, 3, 0, 9))
+
+
 def test_another_dtype_is_looked_at_again() -> None:
     spec = SPECS["uniform"]
     runtime, images = Runtime(random_model(spec), device="cpu"), random_images(spec)
