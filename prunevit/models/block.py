@@ -194,21 +194,46 @@ class Block(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, scores: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """x [B, N, E] -> [B, N', E]; in a model that selects tokens, with the scores [B, N'] for the blocks after."""
+        return self._through(
+            x, scores, partial(self._attention_half, attn_mask=attn_mask, is_causal=is_causal), self._mlp_half
+        )
+
+    def _through(
+        self,
+        x: Tensor,
+        scores: Tensor | None,
+        attend: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+        feed: Callable[[Tensor], Tensor],
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """The two sublayers as they are given, each with its residual, and the selection before either."""
         if self.select is not None and self.select.before == "attn":
             x, scores = self._select(x, scores)
         if self.attn is not None:
-            y = self.attn(read_channels(self.norm1(x), self.attn_reads), attn_mask, is_causal, self.rule)
-            if self.rule is not None:
-                y, latest = y
-                latest = latest if self.fuses else latest.detach()
+            x, latest = attend(x)
+            if latest is not None:
                 scores = scores + latest if self.cascade and scores is not None else latest
-            x = write_channels(x, self.drop_path1(self.ls1(y)), self.attn_writes)
         if self.select is not None and self.select.before == "mlp":
             x, scores = self._select(x, scores)
         if self.mlp is not None:
-            y = self.mlp(read_channels(self.norm2(x), self.mlp_reads))
-            x = write_channels(x, self.drop_path2(self.ls2(y)), self.mlp_writes)
+            x = feed(x)
         return (x, scores) if self.selects else x
+
+    def _attention_half(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """x with the attention added, and the tokens' scores [B, N] where a selection reads them."""
+        assert self.attn is not None
+        y, scores = self.attn(read_channels(self.norm1(x), self.attn_reads), attn_mask, is_causal, self.rule), None
+        if self.rule is not None:
+            y, scores = y
+            scores = scores if self.fuses else scores.detach()
+        return write_channels(x, self.drop_path1(self.ls1(y)), self.attn_writes), scores
+
+    def _mlp_half(self, x: Tensor) -> Tensor:
+        """x with the MLP added."""
+        assert self.mlp is not None
+        y = self.mlp(read_channels(self.norm2(x), self.mlp_reads))
+        return write_channels(x, self.drop_path2(self.ls2(y)), self.mlp_writes)
 
     def _select(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
         assert self.select is not None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunevit_kernels.library import plain
 
 from ..models.block import Block as EagerBlock
-from ..models.block import act_of, read_channels, write_channels
+from ..models.block import act_of
 from ..models.parts import MLP, Part, half_parts
 from ..spec import Act, BlockSpec
 from ._attention import (
@@ -93,14 +93,14 @@ class BlockOnKernels(KernelModule):
         mlp: Any = self.mlp
         return self._sublayer_tensors("2", mlp.fc1, mlp.fc2)
 
-    def _attend(self, x: Tensor, rule: str = "") -> tuple[Tensor, Tensor]:
+    def _attend(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         block: Any = self
         channels = block.attn_reads, block.attn_writes
         heads, eps = heads_of(block.attn), block.norm1.eps
-        out: tuple[Tensor, Tensor] = torch.ops.prunevit.attention_sublayer(
-            x, *self._attention_tensors(), *channels, *heads, eps, rule, *self._how
+        x, scores = torch.ops.prunevit.attention_sublayer(
+            x, *self._attention_tensors(), *channels, *heads, eps, block.rule or "", *self._how
         )
-        return out
+        return x, scores if block.rule else None
 
     def _feed(self, x: Tensor) -> Tensor:
         block: Any = self
@@ -125,27 +125,28 @@ class BlockOnKernels(KernelModule):
         out: Tensor = plain["block"](x, *halves, *known.heads, known.act, known.eps, "", *self._how)[0]
         return out
 
-    def _whole(self, x: Tensor, rule: str = "") -> tuple[Tensor, Tensor]:
+    def _whole(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Both halves as one call."""
         block: Any = self
         run = plain["block"] if untraced(x) else torch.ops.prunevit.block
-        out: tuple[Tensor, Tensor] = run(
+        x, scores = run(
             x,
             [*self._attention_tensors(), block.attn_reads, block.attn_writes],
             [*self._mlp_tensors(), block.mlp_reads, block.mlp_writes],
             *heads_of(block.attn),
             act_of(block.mlp.act),
             [block.norm1.eps, block.norm2.eps],
-            rule,
+            block.rule or "",
             *self._how,
         )
-        return out
+        return x, scores if block.rule else None
 
 
 class TimmBlockOnKernels(BlockOnKernels):
     """timm's transformer block x [B, N, E] -> [B, N, E] on kernels."""
 
     attn_reads = attn_writes = mlp_reads = mlp_writes = None  # all channels
+    rule = None  # no scores
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         out = self._quickly(x) if attn_mask is None and not is_causal else None
@@ -175,25 +176,10 @@ class EagerBlockOnKernels(BlockOnKernels):
 
     def _run(self, x: Tensor, scores: Tensor | None) -> Any:
         block: Any = self
-        if block.select is not None and block.select.before == "attn":
-            x, scores = block._select(x, scores)
-        select_between = block.select is not None and block.select.before == "mlp"
-        whole = self._attends and self._has_mlp and not select_between
-        if self._attends:
-            x, latest = (self._whole if whole else self._attend)(x, block.rule or "")
-            if block.rule is not None:
-                scores = scores + latest if block.cascade and scores is not None else latest
-        elif block.attn is not None:
-            y = block.ls1(block.attn(read_channels(block.norm1(x), block.attn_reads)))
-            x = write_channels(x, block.drop_path1(y), block.attn_writes)
-        if select_between:
-            x, scores = block._select(x, scores)
-        if self._has_mlp and not whole:
-            x = self._feed(x)
-        elif block.mlp is not None and not whole:
-            y = block.ls2(block.mlp(read_channels(block.norm2(x), block.mlp_reads)))
-            x = write_channels(x, block.drop_path2(y), block.mlp_writes)
-        return (x, scores) if block.selects else x
+        if self._attends and self._has_mlp and not (block.select is not None and block.select.before == "mlp"):
+            return block._through(x, scores, self._whole, lambda x: x)
+        attend = self._attend if self._attends else block._attention_half
+        return block._through(x, scores, attend, self._feed if self._has_mlp else block._mlp_half)
 
 
 class RaggedBlock(EagerBlockOnKernels, EagerBlock):
