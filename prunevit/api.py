@@ -19,6 +19,7 @@ from .latency.table import OnNode
 from .models.from_timm import as_pruned
 from .models.tensors import check_state
 from .models.vit import PrunedViT
+from .nn import KernelModule, restore
 from .pruning import Budget
 from .pruning.budget import Constraints, Cost, costs_by_name, mappings_of
 from .pruning.method import Batches, Data, Replayed, evaluating
@@ -135,8 +136,8 @@ def load(path: str | os.PathLike[str]) -> PrunedViT:
 def gate(model: PrunedViT, batch: int = 2) -> float:
     """The largest difference between a module and its runtime on random images, as a share of the logits' spread.
 
-    A module in 16 bits is compared in fp32, on the numbers that its weights have. Raises :class:`RuntimeMismatch`
-    above :data:`GATE_TOLERANCE`.
+    A module in 16 bits is compared in fp32, on the numbers that its weights have, and an accelerated one as the eager
+    one that it was. Raises :class:`RuntimeMismatch` above :data:`GATE_TOLERANCE`.
     """
     _expect_pruned(model)
     spec: ViTSpec = model.spec
@@ -144,8 +145,9 @@ def gate(model: PrunedViT, batch: int = 2) -> float:
     images = torch.randn(batch, spec.in_chans, *spec.img_size, generator=chance, dtype=torch.float32)
     first = next(model.parameters())
     half = first.dtype in (torch.float16, torch.bfloat16)
-    # on the CPU, as the runtime: a GPU's products may be in TF32
-    single = copy.deepcopy(model).cpu() if half or first.device.type != "cpu" else model
+    # on the CPU, as the runtime: a GPU's products may be in TF32. On kernels, these would be compared with themselves.
+    on_kernels = any(isinstance(module, KernelModule) for module in model.modules())
+    single = restore(copy.deepcopy(model)).cpu() if half or on_kernels or first.device.type != "cpu" else model
     single = single.float() if half else single
     dtype = next(single.parameters()).dtype
     with evaluating(single), torch.no_grad(), torch.autocast("cpu", enabled=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 import prunevit
 from prunevit import pruning
 from prunevit.cli import prune as command_line
-from prunevit.errors import CheckpointError, InputError, PrunevitError
+from prunevit.errors import CheckpointError, InputError, PrunevitError, RuntimeMismatch
+from prunevit.runtime import plan
 from tests.specs import SPECS, random_images, random_model, vit
 
 
@@ -83,6 +85,26 @@ def test_another_default_dtype_is_no_obstacle(tmp_path: Path) -> None:
         assert len(picture.predict(Image.new("RGB", (9, 9)))[0]) == 5
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_runtime_that_is_wrong_is_caught(accelerated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On kernels a model runs by the same plan: it is the eager one that counts."""
+    right = plan.mlp_op
+
+    def wrong(*args: Any) -> Any:
+        op = right(*args)
+        return dataclasses.replace(op, w2=op.w2 * 1.5)
+
+    model = random_model(SPECS["uniform"])
+    model = prunevit.accelerate(model) if accelerated else model
+    kinds = [type(module) for module in model.modules()]
+    prunevit.save(model, tmp_path / "right")
+    monkeypatch.setattr(plan, "mlp_op", wrong)
+    with pytest.raises(RuntimeMismatch, match="nothing was written"):
+        prunevit.save(model, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    assert [type(module) for module in model.modules()] == kinds
 
 
 def test_one_default_method() -> None:
