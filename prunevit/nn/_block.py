@@ -24,7 +24,7 @@ from ._attention import (
     widths_refusal,
 )
 from ._mlp import mlp_refusal
-from ._module import KernelModule, parts_refusal, tensors_refusal, untraced
+from ._module import KernelModule, parts_refusal, tensors_refusal, watched
 from ._ready import ready, tensors
 
 
@@ -71,7 +71,17 @@ class BlockOnKernels(KernelModule):
 
     def _width_refusal(self, half: str, x: Tensor) -> str | None:
         shape = getattr(self, "norm" + half).normalized_shape
-        return None if shape == (x.shape[-1],) else f"norm{half} is over {shape}, and x is {x.shape[-1]} wide"
+        if shape != (x.shape[-1],):
+            return f"norm{half} is over {shape}, and x is {x.shape[-1]} wide"
+        return self._gamma_refusal(half)
+
+    def _gamma_refusal(self, half: str) -> str | None:
+        """PyTorch would broadcast a γ of another shape."""
+        block: Any = self
+        scale, last = (block.ls1, block.attn.proj) if half == "1" else (block.ls2, block.mlp.fc2)
+        if isinstance(scale, nn.Identity) or scale.gamma.shape == last.weight.shape[:1]:
+            return None
+        return f"ls{half}.gamma has the shape {tuple(scale.gamma.shape)}, and its sublayer writes {len(last.weight)}"
 
     def _sublayer_tensors(self, half: str, first: Any, last: Any) -> tuple[Tensor | None, ...]:
         norm, scale = getattr(self, "norm" + half), getattr(self, "ls" + half)
@@ -111,7 +121,7 @@ class BlockOnKernels(KernelModule):
 
     def _quickly(self, x: Tensor) -> Tensor | None:
         """The block of a call that asks for nothing else, or None where somebody has to look more closely."""
-        if not untraced(x) or x.dim() != 3 or self._call_refusal(x, None, False) is not None:
+        if watched(x) is not None or x.dim() != 3 or self._call_refusal(x, None, False) is not None:
             return None
         snapshot, known = ready(self)
         if known is None or x.shape[-1] != known.embed_dim or any(b is not None for b in self._buffers.values()):
@@ -128,7 +138,7 @@ class BlockOnKernels(KernelModule):
     def _whole(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Both halves as one call."""
         block: Any = self
-        run = plain["block"] if untraced(x) else torch.ops.prunevit.block
+        run = torch.ops.prunevit.block if watched(x) else plain["block"]
         x, scores = run(
             x,
             [*self._attention_tensors(), block.attn_reads, block.attn_writes],

@@ -28,7 +28,7 @@ from ..runtime.plan import make_plan
 from ..spec import ViTSpec
 from ._attention import heads_of
 from ._block import BlockOnKernels
-from ._module import KernelModule, tensors_refusal, untraced
+from ._module import KernelModule, tensors_refusal, watched
 from ._snapshot import Known
 
 MAX_PROGRAMS = 4  # input shapes that a pack keeps buffers for
@@ -59,10 +59,9 @@ class ModelOnKernels(KernelModule):
     """A vision transformer, images [B, C, H, W] -> logits, on kernels."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
-        if untraced(x):
-            found = self._whole(x, attn_mask, is_causal)
-            if not isinstance(found, str):
-                return _run(x, *found, self.kernel_options.backend, self.kernel_options.check == "versions")
+        found = self._whole(x, attn_mask, is_causal)
+        if not isinstance(found, str):
+            return _run(x, *found, self.kernel_options.backend, self.kernel_options.check == "versions")
         return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
 
     def refusal(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
@@ -75,7 +74,7 @@ class ModelOnKernels(KernelModule):
     ) -> str | tuple[_Shape, list[str], tuple[Tensor, ...]]:
         if not isinstance(x, Tensor) or x.dim() != 4:
             return "x is no batch of images"
-        reason = self._call_refusal(x, attn_mask, is_causal)
+        reason = watched(x) or self._call_refusal(x, attn_mask, is_causal)
         if reason is None and x.device.type != "cpu":
             reason = "a GPU runs block by block"
         if reason is not None:

@@ -95,6 +95,8 @@ class KernelModule(nn.Module):
                 return "a torch.func transform or forward-mode gradient is active"
             if len(hooks._global_forward_hooks) or len(hooks._global_forward_pre_hooks):
                 return "a hook for all modules is registered"
+            if torch._C._get_tracing_state() is not None:
+                return "torch.jit.trace is recording"
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
                 return "a CUDA graph is being captured, whose replays would not see changed weights"
         return self._device_refusal(x)
@@ -151,15 +153,17 @@ def tensors_refusal(x: Tensor, tensors: Iterable[Tensor | None]) -> str | None:
     return GRADIENTS if needs_grad and torch.is_grad_enabled() else None
 
 
-def untraced(x: Tensor) -> bool:
-    """Does nobody want to see PyTorch's ops? Then kernels may run without its dispatcher, which takes 0.3 ms."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in PLAIN
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._get_tracing_state() is None
-    )
+def watched(x: Tensor) -> str | None:
+    """Who wants to see PyTorch's ops. For nobody, kernels may run without its dispatcher, which takes 0.3 ms."""
+    if torch.compiler.is_compiling():
+        return "a graph is traced"
+    if type(x) not in PLAIN:
+        return f"x is a {type(x).__name__}"
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode is on, which is to see the ops"
+    if torch._C._len_torch_function_stack():
+        return "a function mode is on (torch.set_default_device and torch.device are), which is to see the calls"
+    return None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -40,7 +40,7 @@ def _prepare(block: Any) -> Ready | None:
         return None
     embed_dim = block.norm1.normalized_shape[0]
     fits = block.norm1.normalized_shape == block.norm2.normalized_shape == (embed_dim,)
-    if not fits or widths_refusal(block.attn, "") is not None:
+    if not fits or widths_refusal(block.attn, "") or block._gamma_refusal("1") or block._gamma_refusal("2"):
         return None
     parts, halves = Snapshot(block), ((*_ATTENTION, "ls1.gamma"), (*_MLP, "ls2.gamma"))
     names = parts.names

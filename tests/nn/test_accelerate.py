@@ -251,6 +251,27 @@ def test_a_refusal_can_be_asked_for() -> None:
     assert block.refusal(tokens) == GRADIENTS
 
 
+def test_a_scale_that_pytorch_broadcasts() -> None:
+    eager = tiny(init_values=0.1)
+    eager.blocks[0].ls1.gamma = nn.Parameter(torch.full((1,), 0.3))
+    model, x = accelerated(eager), images(eager)
+    reason = r"ls1.gamma has the shape \(1,\), and its sublayer writes 24"
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match=reason):
+        model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_model(model, eager, x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_is_the_reference() -> None:
+    eager = tiny()
+    model, x = accelerated(eager), images(eager)
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match=r"torch\.jit\.trace is recording"):
+        traced = torch.jit.trace(model, x)
+    check_model(traced, eager, x)
+
+
 def test_training_is_eager_training() -> None:
     eager = tiny().train()
     model, x = accelerated(eager), images(eager)

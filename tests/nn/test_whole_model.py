@@ -11,10 +11,13 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision import tv_tensors
 
 from prunevit import Runtime
 from prunevit.nn import accelerate, restore
+from prunevit_kernels.library import packs
 from tests.nn.models import check_model, images, randomise, tiny
 from tests.nn.test_accelerate import SWITCHES
 from tests.specs import SPECS, random_images, random_model
@@ -141,6 +144,21 @@ def test_a_pruned_model_that_left_its_spec() -> None:
             got = model(x)
             want = restore(model)(x)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+def test_whoever_watches_is_named() -> None:
+    model = accelerate(tiny())
+    x, want = images(model), "a function mode is on"
+    with torch.no_grad():
+        made = packs.made
+        with torch.device("cpu"):
+            assert model.refusal(x).startswith(want)
+            model(x)
+        assert packs.made == made + 2, "each block ran on kernels"
+        with FakeTensorMode():
+            assert model.refusal(x) == "a dispatch mode is on, which is to see the ops"
+        assert model.refusal(tv_tensors.Image(x)) == "x is a Image"
+        assert model.refusal(x) is None
 
 
 def test_hooks_inside_fire() -> None:
