@@ -118,11 +118,13 @@ def save(model: PrunedViT, path: str | os.PathLike[str], *, check: bool = True) 
     """Write a checkpoint directory: atomically, and only if the runtime computes what the module computes.
 
     ``check=False`` leaves the comparison out. Raises :class:`InputError` for anything but a PrunedViT,
-    :class:`CheckpointError` for weights that no checkpoint holds, :class:`RuntimeMismatch`.
+    :class:`CheckpointError` for weights that no checkpoint holds, :class:`UnsupportedModel` for modules that are not
+    those of the spec, which a checkpoint would not bring back, :class:`RuntimeMismatch`.
     """
     _expect_pruned(model)
     expect_replaceable(path)
     check_state(model.spec, model.state_dict(), "model")  # before the runtime is blamed for what it cannot compute
+    as_pruned(model)
     if check:
         gate(model)
     return checkpoint.save(model, path)
@@ -137,7 +139,7 @@ def gate(model: PrunedViT, batch: int = 2) -> float:
     """The largest difference between a module and its runtime on random images, as a share of the logits' spread.
 
     A module in 16 bits is compared in fp32, on the numbers that its weights have, and an accelerated one as the eager
-    one that it was. Raises :class:`RuntimeMismatch` above :data:`GATE_TOLERANCE`.
+    one that it was. Raises :class:`RuntimeMismatch` above :data:`GATE_TOLERANCE`, :class:`UnsupportedModel`.
     """
     _expect_pruned(model)
     spec: ViTSpec = model.spec

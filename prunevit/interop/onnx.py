@@ -51,7 +51,8 @@ def export_onnx(
     it. The spec is in the file's metadata under ``prunevit.spec``. ``check`` compares the file with the runtime where
     ONNX Runtime is installed, and nothing is written if they differ.
 
-    Raises :class:`MissingPackage` without onnx and onnxscript, :class:`InputError`, :class:`RuntimeMismatch`.
+    Raises :class:`MissingPackage` without onnx and onnxscript, :class:`UnsupportedModel`, :class:`InputError`,
+    :class:`RuntimeMismatch`.
     """
     require_packages("onnx", "onnxscript")
     from onnx.defs import onnx_opset_version

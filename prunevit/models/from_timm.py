@@ -10,11 +10,11 @@ from timm.layers import AttentionPoolLatent, LayerScale, PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..errors import CheckpointError, UnsupportedModel
 from ..spec import MAX_HEAD_DIM, AttnPoolSpec, BlockSpec, ViTSpec
+from .as_built import changed_refusal
 from .block import act_of
 from .parts import (
     DROPOUT,
@@ -22,6 +22,7 @@ from .parts import (
     LINEAR,
     MLP,
     NORM,
+    VITS,
     Part,
     attention_parts,
     first_refusal,
@@ -29,10 +30,11 @@ from .parts import (
     hooks_refusal,
     kind_of,
     mlp_parts,
+    patch_refusal,
     replaced_refusal,
     stem_and_head_refusal,
 )
-from .tensors import check_shapes
+from .tensors import check_shapes, shapes_of
 from .vit import PrunedViT
 
 
@@ -58,19 +60,26 @@ def from_timm(model: nn.Module) -> PrunedViT:
 
 
 def as_pruned(model: nn.Module) -> PrunedViT:
-    """A PrunedViT as it is, or a timm model converted. Raises :class:`UnsupportedModel`."""
-    return model if isinstance(model, PrunedViT) else from_timm(model)
+    """A PrunedViT as it is, or a timm model converted.
+
+    Raises :class:`UnsupportedModel`, also for a PrunedViT that may compute something else than its spec says.
+    """
+    if not isinstance(model, PrunedViT):
+        return from_timm(model)
+    _refuse(replaced_refusal(model) or hooks_refusal(model) or changed_refusal(model))
+    return model
 
 
 def spec_of(model: nn.Module) -> ViTSpec:
     """The spec of a timm ``VisionTransformer``. Raises :class:`UnsupportedModel` naming the attribute."""
     if isinstance(model, PrunedViT):
         raise UnsupportedModel("PrunedViT: expected a timm model, got what one becomes; its spec is model.spec")
-    if not isinstance(model, nn.Module) or kind_of(model) not in (VisionTransformer, VisionTransformerDistilled):
+    if not isinstance(model, nn.Module) or kind_of(model) not in VITS:
         hint = "; prunevit.load reads a checkpoint" if isinstance(model, str | os.PathLike) else ""
         raise UnsupportedModel(
             f"{type(model).__name__}: expected timm's VisionTransformer or VisionTransformerDistilled{hint}"
         )
+    _refuse(patch_refusal(kind_of(model)))
     vit: Any = model
     distilled = isinstance(model, VisionTransformerDistilled)
     _refuse(first_refusal([Part("patch_embed", vit.patch_embed, (PatchEmbed,))]))
@@ -111,7 +120,7 @@ def spec_of(model: nn.Module) -> ViTSpec:
     try:
         spec = ViTSpec(**fields)
         # whatever else was changed in the model shows in its tensors: another head, an adapter, pruned weights
-        check_shapes(spec, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, "state_dict")
+        check_shapes(spec, shapes_of(model), "state_dict")
     except (ValidationError, CheckpointError) as error:
         raise UnsupportedModel(f"{type(model).__name__}: {error}") from None
     return spec

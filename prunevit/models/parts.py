@@ -1,7 +1,7 @@
 """What a model is made of, asked by whoever computes it another way: conversion here, kernels in ``nn``.
 
 A module is known by its exact type, since a subclass may compute something else; by nobody who listens to it and may
-change what passes; and by methods that nobody has replaced.
+change what passes; and by methods that nobody has replaced, neither its own nor its class's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from timm.layers import DropPath, GELUTanh, LayerNorm, LayerScale, Mlp, PatchDropout, QuickGELU
+from timm.layers import DropPath, GELUTanh, LayerNorm, LayerScale, Mlp, PatchDropout, PatchEmbed, QuickGELU
+from timm.layers.attention import Attention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 
@@ -28,6 +31,26 @@ NORM = (nn.LayerNorm, LayerNorm)
 SCALE = (LayerScale, nn.Identity)
 ACTS = (nn.GELU, GELUTanh, QuickGELU, nn.ReLU)
 MLP = (Mlp,)
+VITS = (VisionTransformer, VisionTransformerDistilled)
+
+_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
+
+
+def methods_of(kind: type[nn.Module]) -> list[tuple[type[nn.Module], str, Any]]:
+    """What a class computes with now: itself, a method's name, and the method."""
+    return [(kind, name, getattr(kind, name)) for name in _METHODS if hasattr(kind, name)]
+
+
+_KINDS = (*LINEAR, *DROPOUT, *PATH, *NORM, *SCALE, *ACTS, *MLP, *VITS, nn.Conv2d, PatchDropout, PatchEmbed)
+_AS_IMPORTED = {kind: methods_of(kind) for kind in (*_KINDS, Attention, Block)}
+
+
+def patch_refusal(kind: type[nn.Module]) -> str | None:
+    """Why a class may compute something else than it did when it was imported."""
+    for _, name, method in _AS_IMPORTED.get(kind, ()):
+        if getattr(kind, name) is not method:
+            return f"{kind.__name__}.{name} is replaced, for all"
+    return None
 
 
 def part_refusal(part: Part) -> str | None:
@@ -37,7 +60,7 @@ def part_refusal(part: Part) -> str | None:
         return f"{name} is {_named(kind_of(module), types)}: expected {' or '.join(_short(types))}"
     if len(module._forward_hooks) or len(module._forward_pre_hooks):
         return f"{name} has a forward hook"
-    return f"{name}.forward is replaced" if "forward" in module.__dict__ else None
+    return f"{name}.forward is replaced" if "forward" in module.__dict__ else patch_refusal(kind_of(module))
 
 
 def first_refusal(parts: Iterable[Part]) -> str | None:
@@ -50,8 +73,10 @@ def first_refusal(parts: Iterable[Part]) -> str | None:
 
 def kind_of(module: nn.Module) -> type[nn.Module]:
     """Its type, or what it was before ``prunevit.accelerate`` gave it another that computes the same."""
-    kind: type[nn.Module] = getattr(type(module), "runs_without", type(module))
-    return kind
+    kind = type(module)
+    # no inherited answer: a class made from an accelerated one may compute something else
+    eager: type[nn.Module] = vars(kind).get("runs_without", kind)
+    return eager
 
 
 def _named(kind: type, types: Iterable[type]) -> str:

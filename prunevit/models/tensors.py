@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..spec import ViTSpec
@@ -18,7 +18,12 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def expected_shapes(spec: ViTSpec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a spec's state dict."""
-    return {name: tuple(tensor.shape) for name, tensor in PrunedViT(spec, device="meta").state_dict().items()}
+    return shapes_of(PrunedViT(spec, device="meta"))
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model's state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def check_file(spec: ViTSpec, path: Path) -> None:
@@ -44,7 +49,11 @@ def check_file(spec: ViTSpec, path: Path) -> None:
 
 def check_shapes(spec: ViTSpec, found: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise :class:`CheckpointError` where names or shapes are not those of the spec."""
-    expected = expected_shapes(spec)
+    match_shapes(expected_shapes(spec), found, where)
+
+
+def match_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise :class:`CheckpointError` at the first name or shape that differs."""
     for name, shape in expected.items():
         if name not in found:
             raise CheckpointError(f"{where}: {name}: expected a tensor {list(shape)}, which is missing")
