@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from timm.layers import Mlp
 from timm.layers.attention import Attention as TimmAttention
@@ -12,11 +12,13 @@ from torch import nn
 from ..errors import UnsupportedModel
 from ..models.block import Block as EagerBlock
 from ..models.block import RaggedAttention as EagerAttention
+from ..models.parts import kind_of
 from ._attention import AttentionOnKernels, RaggedAttention
 from ._block import EagerBlockOnKernels, RaggedBlock, TimmBlockOnKernels
 from ._mlp import FusedMlp, MlpOnKernels
 from ._model import MODELS, ModelOnKernels
 from ._module import Backend, Check, KernelModule, Options, with_kernels
+from ._snapshot import KNOWN
 
 __all__ = ["FusedMlp", "KernelModule", "RaggedAttention", "RaggedBlock", "accelerate", "restore"]
 
@@ -45,7 +47,8 @@ def accelerate(model: Model, *, backend: Backend = "auto", check: Check = "conte
     ops). ``check``: how a call knows that packed weights are still those of the parameters: ``contents`` compares
     every byte and sees every write; ``versions`` costs nothing, and misses writes through ``.data`` or NumPy.
 
-    Raises :class:`UnsupportedModel` where nothing in the model can run on kernels, :class:`InputError`.
+    Raises :class:`UnsupportedModel` where nothing in the model can run on kernels, or where :func:`restore` does;
+    :class:`InputError`.
     """
     options = Options(backend, check)
     restore(model)
@@ -70,11 +73,22 @@ def _swap(module: nn.Module, options: Options) -> int:
 
 
 def restore(model: Model) -> Model:
-    """Undo :func:`accelerate`, in place; returns the model. Every module is the object that it was."""
+    """Undo :func:`accelerate`, in place; returns the model. Every module is the object that it was.
+
+    Raises :class:`UnsupportedModel` where a module's class was made from the one that :func:`accelerate` gave it (FSDP
+    does so): what that class adds would be lost.
+    """
+    for name, module in model.named_modules():
+        kind = type(module)
+        if hasattr(kind, "runs_without") and "runs_without" not in vars(kind):
+            raise UnsupportedModel(
+                f"{name or 'the model'} is a {kind.__name__}, made from the class that accelerate gave it: expected "
+                "that one; restore a model before you subclass or shard it"
+            )
     for module in model.modules():
-        eager = getattr(type(module), "runs_without", None)
         if isinstance(module, KernelModule):
             module.__dict__.pop("kernel_options", None)
-            if eager is not None:
-                module.__class__ = eager
+            module.__dict__.pop(KNOWN, None)
+            eager: Any = kind_of(module)
+            module.__class__ = eager
     return model

@@ -69,7 +69,7 @@ class AttentionOnKernels(KernelModule):
         return reason or widths_refusal(self, "") or tensors_refusal(x, self._tensors())
 
     def _look(self) -> str | None:
-        return attention_refusal(self, "")
+        return super()._look() or attention_refusal(self, "")
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         self_: Any = self

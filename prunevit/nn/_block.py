@@ -54,8 +54,8 @@ class BlockOnKernels(KernelModule):
         return reason
 
     def _look(self) -> str | None:
-        reason = None
-        if self._attends:
+        reason = super()._look()
+        if reason is None and self._attends:
             reason = self._half_refusal("1") or self._kind_refusal("attn", ATTENTIONS)
             reason = reason or attention_refusal(self.attn, "attn.")
         if reason is None and self._has_mlp:
@@ -124,7 +124,7 @@ class BlockOnKernels(KernelModule):
         if watched(x) is not None or x.dim() != 3 or self._call_refusal(x, None, False) is not None:
             return None
         snapshot, known = ready(self)
-        if known is None or x.shape[-1] != known.embed_dim or any(b is not None for b in self._buffers.values()):
+        if known is None or x.shape[-1] != known.embed_dim:
             return None
         weights = snapshot.parameters()
         if set(map(type, weights)) != {nn.Parameter} or [w.shape for w in weights] != known.sizes:

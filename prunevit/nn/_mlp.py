@@ -30,7 +30,7 @@ class MlpOnKernels(KernelModule):
         return reason or tensors_refusal(x, self._tensors())
 
     def _look(self) -> str | None:
-        return mlp_refusal(self, "")
+        return super()._look() or mlp_refusal(self, "")
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         self_: Any = self

@@ -10,26 +10,22 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunevit_kernels import Target
 from prunevit_kernels.library import packs, target_of
 
-from ..errors import CheckpointError, UnsupportedModel
-from ..models.block import act_of
+from ..errors import UnsupportedModel
+from ..models.as_built import changed_refusal
 from ..models.from_timm import spec_of
-from ..models.parts import kind_of, replaced_refusal, stem_and_head_refusal
-from ..models.tensors import check_shapes
+from ..models.parts import VITS, replaced_refusal, stem_and_head_refusal
 from ..models.vit import PrunedViT
 from ..runtime.engine import Engine
 from ..runtime.plan import make_plan
 from ..spec import ViTSpec
-from ._attention import heads_of
 from ._block import BlockOnKernels
 from ._module import KernelModule, tensors_refusal, watched
-from ._snapshot import Known
+from ._snapshot import Known, Snapshot
 
 MAX_PROGRAMS = 4  # input shapes that a pack keeps buffers for
 
@@ -102,29 +98,20 @@ def _image_refusal(spec: ViTSpec, x: Tensor) -> str | None:
 # -- the model as a spec ---------------------------------------------------------------------------------------------
 
 
-def _look(model: Any) -> _Found:
-    sizes = [p.shape for p in model.parameters()]
+def _look(model: Any, snapshot: Snapshot) -> _Found:
+    sizes = [p.shape for p in snapshot.parameters()]
     try:
-        spec = _spec_of(model)
-    except (UnsupportedModel, CheckpointError) as error:
+        spec = model.spec if isinstance(model, PrunedViT) else spec_of(model)
+    except UnsupportedModel as error:
         return _Found(None, str(error), sizes)
-    reason = _parts_reason(model) or _spec_reason(model, spec)
+    reason = changed_refusal(model) if isinstance(model, PrunedViT) else None
+    reason = reason or _parts_reason(model) or _plan_reason(model, spec)
+    if reason is None and set(snapshot.names) != set(model.state_dict()):
+        reason = "a weight is a buffer"  # and not among those that a pack is looked up by
     return _Found(None if reason else _Shape(spec), reason, sizes)
 
 
 _structures: Known[_Found] = Known(_look)
-
-
-def _spec_of(model: Any) -> ViTSpec:
-    if not isinstance(model, PrunedViT):
-        return spec_of(model)
-    check_shapes(model.spec, {name: tuple(t.shape) for name, t in model.state_dict().items()}, "the model")
-    return model.spec
-
-
-def _kind(module: nn.Module) -> type:
-    kind = kind_of(module)
-    return nn.Identity if kind is nn.Dropout or kind.__name__ in ("DropPath", "PatchDropout") else kind
 
 
 def _parts_reason(model: Any) -> str | None:
@@ -137,40 +124,18 @@ def _parts_reason(model: Any) -> str | None:
     return replaced_refusal(model) or stem_and_head_refusal(model)
 
 
-def _spec_reason(model: Any, spec: ViTSpec) -> str | None:
-    """Why the modules do not compute what the spec says, or the plan cannot take their live tensors."""
+def _plan_reason(model: Any, spec: ViTSpec) -> str | None:
+    """Why no plan computes what the modules do, or it cannot take their live tensors."""
     if spec.attn_pool is not None:
         return "attention pooling runs in PyTorch"
-    if model.global_pool != spec.global_pool:
-        return f"global_pool is {model.global_pool!r}, and the spec has {spec.global_pool!r}"
-    if isinstance(model, PrunedViT):
-        built = PrunedViT(spec, device="meta")
-        wanted = {name: _kind(module) for name, module in built.named_modules()}
-        if {name: _kind(module) for name, module in model.named_modules()} != wanted:
-            return "the modules are not those of the spec"
-    for name, module in model.named_modules():
-        if isinstance(module, nn.LayerNorm) and module.eps != spec.norm_eps:
-            return f"{name}.eps is {module.eps}, and the spec has {spec.norm_eps}"
     for index, (module, block) in enumerate(zip(model.blocks, spec.blocks, strict=True)):
         if not isinstance(module, BlockOnKernels):
             return f"blocks.{index} is a {type(module).__name__}"
-        reason = module._look() or _block_reason(module, block, spec)
+        reason = module._look()
+        if reason is None and (block.attn_reads, block.attn_writes, block.mlp_reads, block.mlp_writes) != (None,) * 4:
+            reason = "it reads or writes some of the channels"  # by buffers, which are no part of a plan's weights
         if reason is not None:
             return f"blocks.{index}: {reason}"
-    return None
-
-
-def _block_reason(module: Any, block: Any, spec: ViTSpec) -> str | None:
-    if (block.attn_reads, block.attn_writes, block.mlp_reads, block.mlp_writes) != (None,) * 4:
-        return "it reads or writes some of the channels"  # by buffers, which are no part of a plan's weights
-    if block.qk_dims:
-        qk_dims, v_dims, scale = heads_of(module.attn)
-        if (tuple(qk_dims), tuple(v_dims), scale) != (block.qk_dims, block.v_dims, block.attn_scale):
-            return "its heads are not those of the spec"
-    if block.mlp_dim and act_of(module.mlp.act) != spec.act:
-        return f"its activation is {act_of(module.mlp.act)}, and the spec has {spec.act}"
-    if getattr(module, "select", None) != block.select:
-        return "its token selection is not the spec's"
     return None
 
 
@@ -189,4 +154,4 @@ def _run(
         return engine(x.detach().contiguous())
 
 
-MODELS: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled, PrunedViT)
+MODELS: tuple[type[nn.Module], ...] = (*VITS, PrunedViT)

@@ -19,7 +19,7 @@ from prunevit_kernels import BackendName
 from prunevit_kernels.target import BUILD_COMMAND, HALF, cpu_extension_built
 
 from ..errors import InputError, expect
-from ..models.parts import Part, part_refusal
+from ..models.parts import Part, kind_of, part_refusal, patch_refusal
 from ._snapshot import Known
 
 Backend = BackendName | Literal["auto"]
@@ -61,8 +61,8 @@ class KernelModule(nn.Module):
         raise NotImplementedError
 
     def _look(self) -> str | None:
-        """Why kernels cannot stand for the submodules, their tensors aside."""
-        raise NotImplementedError
+        """Why kernels cannot stand for the module and its submodules, their tensors aside."""
+        return patch_refusal(kind_of(self))
 
     def _own_refusal(self) -> str | None:
         """``_look``, taken once for each state of the submodules; a graph that is traced guards on them itself."""
@@ -113,7 +113,7 @@ class KernelModule(nn.Module):
         return f"x is {dtype} on {device}: the kernels take {served.get(backend, 'fp16 and bf16 on a GPU')}"
 
 
-_refusals: Known[str | None] = Known(lambda module: module._look())
+_refusals: Known[str | None] = Known(lambda module, _: module._look())
 
 
 def parts_refusal(parts: Iterable[Part]) -> str | None:

@@ -34,7 +34,7 @@ def tensors(weights: Sequence[Tensor], places: Sequence[int | None]) -> list[Ten
     return [*(None if at is None else weights[at] for at in places), None, None]
 
 
-def _prepare(block: Any) -> Ready | None:
+def _prepare(block: Any, parts: Snapshot) -> Ready | None:
     """None for a block that does not always run whole: then it is asked anew at each call, and says why."""
     if not (block._attends and block._has_mlp) or block._look() is not None or getattr(block, "selects", False):
         return None
@@ -42,7 +42,9 @@ def _prepare(block: Any) -> Ready | None:
     fits = block.norm1.normalized_shape == block.norm2.normalized_shape == (embed_dim,)
     if not fits or widths_refusal(block.attn, "") or block._gamma_refusal("1") or block._gamma_refusal("2"):
         return None
-    parts, halves = Snapshot(block), ((*_ATTENTION, "ls1.gamma"), (*_MLP, "ls2.gamma"))
+    if any(channels is not None for channels in block._buffers.values()):
+        return None
+    halves = ((*_ATTENTION, "ls1.gamma"), (*_MLP, "ls2.gamma"))
     names = parts.names
     if not set(names) <= {*halves[0], *halves[1]}:
         return None

@@ -95,9 +95,27 @@ def test_the_surface_stays(name: str) -> None:
             torch.testing.assert_close(layer, want, rtol=1e-4, atol=1e-4)
     assert restore(model) is model
     assert ([(id(m), type(m)) for m in model.modules()], {n: id(p) for n, p in model.named_parameters()}) == before
-    assert not any("kernel_options" in m.__dict__ for m in model.modules())
+    assert not any({"kernel_options", "_known"} & set(m.__dict__) for m in model.modules())
     with torch.no_grad():
         assert torch.equal(model(x), eager(x))
+
+
+def subclassed(module: Any, **methods: Any) -> None:
+    """As FSDP does it, and who wants another method on one module."""
+    module.__class__ = type("Mine", (type(module),), methods)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_restore_takes_no_class_of_somebody_elses_away(inside: bool) -> None:
+    model = accelerate(tiny())
+    subclassed(model.blocks[0] if inside else model, extra=1)
+    kinds = [type(m) for m in model.modules()]
+    for undo in (restore, accelerate):
+        with pytest.raises(
+            UnsupportedModel, match=r"(0|the model) is a Mine, made from the class that accelerate gave"
+        ):
+            undo(model)
+    assert [type(m) for m in model.modules()] == kinds
 
 
 def test_a_round_trip_of_the_state() -> None:

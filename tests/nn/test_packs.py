@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import threading
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -218,6 +219,40 @@ def test_packs_die_with_their_parameters(check: Any, way: str) -> None:
     gc.collect()
     assert watched() is None
     assert len(packs) == alive
+
+
+def refer_to_itself(model: Any) -> None:
+    model.describe = types.MethodType(lambda self: 1, model)
+    model.blocks[0].attn.owners = [model]
+
+
+@pytest.mark.parametrize("change", [lambda m: None, refer_to_itself, lambda m: m.compile()])
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_that_is_known_of_a_model_keeps_it(change: Callable[[Any], Any], way: str) -> None:
+    model = accelerated(tiny(), way)
+    change(model)
+    with torch.no_grad():
+        model.forward(images(model))
+    watched = weakref.ref(model)
+    del model
+    gc.collect()
+    assert watched() is None
+
+
+def test_a_model_goes_without_the_garbage_collector() -> None:
+    """Its weights and packs are too large to wait for it."""
+    alive = len(packs)
+    model = accelerate(tiny())
+    with torch.no_grad():
+        model(images(model))
+        model.blocks[0](torch.ones(1, 7, 24))
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert len(packs) == alive
+    finally:
+        gc.enable()
 
 
 def test_old_memory_is_given_back() -> None:

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers.attention import Attention as TimmAttention
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import tv_tensors
 
 from prunevit import Runtime
+from prunevit.errors import UnsupportedModel
 from prunevit.nn import accelerate, restore
 from prunevit_kernels.library import packs
 from tests.nn.models import check_model, images, randomise, tiny
@@ -133,6 +137,7 @@ def test_a_pruned_model_that_left_its_spec() -> None:
         lambda m: m.blocks[0].attn.qk_dims.reverse(),
         lambda m: setattr(m.blocks[1], "norm2", nn.Identity()),
         lambda m: setattr(m, "norm", nn.Identity()),
+        lambda m: setattr(m.blocks[0], "attn_reads", torch.arange(m.embed_dim - 1, -1, -1)),
     ):
         spec = SPECS["every_head_its_own_width"]
         model, x = accelerate(random_model(spec)), random_images(spec)
@@ -144,6 +149,78 @@ def test_a_pruned_model_that_left_its_spec() -> None:
             got = model(x)
             want = restore(model)(x)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+def doubled(module: Any) -> None:
+    """Its class becomes one made from it, whose forward gives twice as much."""
+    kind = type(module)
+    module.__class__ = type("Mine", (kind,), {"forward": lambda self, *a, **k: 2 * kind.forward(self, *a, **k)})
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+@pytest.mark.parametrize("name", ["", "blocks.0", "blocks.0.attn", "blocks.1.mlp.fc1", "patch_embed", "head"])
+@pytest.mark.parametrize("make", [tiny, lambda: random_model(SPECS["uniform"])], ids=["timm", "pruned"])
+def test_a_class_made_from_a_modules_own(make: Callable[[], Any], name: str, called_before: bool) -> None:
+    eager = make()
+    model, x = accelerate(copy.deepcopy(eager)), images(eager)
+    with torch.no_grad():
+        before = model(x) if called_before else None
+    for each in (eager, model):
+        doubled(each.get_submodule(name))
+    assert not whole(model, x)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a block may well refuse too
+        got, want = model(x), eager(x)
+    assert before is None or (want - before).abs().max() > 1e-3 * before.abs().max()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "kind", [VisionTransformer, TimmBlock, TimmAttention, timm.layers.Mlp, timm.layers.LayerNorm, nn.Linear]
+)
+def test_a_method_replaced_for_all(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, pruned = tiny(), random_model(SPECS["uniform"])
+    model, x = accelerate(copy.deepcopy(eager)), images(eager)
+    with torch.no_grad():
+        before = model(x)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *a, **k: 2 * forward(self, *a, **k))
+    assert not whole(model, x)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got, want = model(x), eager(x)
+    assert (want - before).abs().max() > 1e-3 * before.abs().max()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    with pytest.raises(UnsupportedModel, match="forward is replaced, for all"):
+        Runtime(eager, device="cpu")
+    if kind in (timm.layers.Mlp, timm.layers.LayerNorm, nn.Linear):
+        with pytest.raises(UnsupportedModel, match="forward is replaced, for all"):
+            Runtime(pruned, device="cpu")
+    monkeypatch.undo()
+    assert whole(model, x)
+
+
+def test_tied_weights_are_one_plan() -> None:
+    eager = tiny("deit_tiny_distilled_patch16_224")
+    eager.head_dist.weight = eager.head.weight
+    model, x = accelerate(copy.deepcopy(eager)), images(eager)
+    assert whole(model, x)
+    check_model(model, eager, x)
+    for each in (eager, model):
+        each.head.weight.data.mul_(2)
+    check_model(model, eager, x)
+
+
+def test_a_weight_that_became_a_buffer() -> None:
+    eager = tiny()
+    model, x = accelerate(copy.deepcopy(eager)), images(eager)
+    for each in (eager, model):
+        weight = each.head.weight.detach()
+        del each.head.weight
+        each.head.register_buffer("weight", weight)
+    with torch.no_grad():
+        assert model.refusal(x) == "a weight is a buffer"
+    check_model(model, eager, x)
 
 
 def test_whoever_watches_is_named() -> None:
