@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunevit_kernels import SelectTokens
-from prunevit_kernels.select_tokens import kept_tokens
+from prunevit_kernels.select_tokens import kept_tokens, select_tokens
 from tests.kernels.half_precision_cases import select_tokens as make
 from tests.kernels.single_precision import CPU, cases, drawn, run, run_drawn
 
@@ -30,6 +30,14 @@ def test_cpu_on_drawn_shapes(e: int, b: int, n: int, fuse: bool, ties: bool, dat
 def test_the_reference_keeps_the_highest_in_order_and_ties_go_to_the_earlier() -> None:
     scores = torch.tensor([[0.0, 2, 5, 2, 9, 2]])
     assert kept_tokens(scores, keep=3, prefix=1).tolist() == [[0, 1, 2, 4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_reference_fuses_tokens_that_hardly_anyone_attends_to(dtype: torch.dtype) -> None:
+    scores = torch.tensor([[2.0, 1.0, 1e-9, 1e-9, 2e-9]])
+    x = torch.tensor([9.0, 9, 1, 2, 3]).view(1, 5, 1).to(dtype)
+    tokens, _ = select_tokens(x, scores, keep=1, prefix=1, fuse=True)
+    assert tokens[0, -1].item() == pytest.approx(2.25, rel=1e-2)
 
 
 def test_cpu_orders_nan_and_zeros_as_torch_does() -> None:

@@ -24,7 +24,8 @@ def select_tokens(x: Tensor, scores: Tensor, keep: int, prefix: int, fuse: bool 
     kept_scores = scores.gather(1, index)
     if not fuse:
         return kept_x, kept_scores
-    weight = scores.scatter(1, index, 0.0)[..., None]
-    total = weight.sum(dim=1, keepdim=True)
-    fused = (weight.to(x.dtype) * x).sum(dim=1, keepdim=True) / total.to(x.dtype).clamp_min(1e-20)
-    return torch.cat([kept_x, fused], dim=1), torch.cat([kept_scores, total[..., 0]], dim=1)
+    dropped = scores.scatter(1, index, 0.0)
+    total = dropped.sum(dim=1, keepdim=True)
+    weight = dropped / total.clamp_min(1e-20)  # in the scores' dtype: in fp16 both may be zero
+    fused = (weight[..., None].to(x.dtype) * x).sum(dim=1, keepdim=True)
+    return torch.cat([kept_x, fused], dim=1), torch.cat([kept_scores, total], dim=1)
