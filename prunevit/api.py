@@ -143,8 +143,8 @@ def gate(model: PrunedViT, batch: int = 2) -> float:
     """
     _expect_pruned(model)
     spec: ViTSpec = model.spec
-    chance = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, spec.in_chans, *spec.img_size, generator=chance, dtype=torch.float32)
+    chance = torch.Generator("cpu").manual_seed(0)
+    images = torch.randn(batch, spec.in_chans, *spec.img_size, generator=chance, dtype=torch.float32, device="cpu")
     first = next(model.parameters())
     half = first.dtype in (torch.float16, torch.bfloat16)
     # on the CPU, as the runtime: a GPU's products may be in TF32. On kernels, these would be compared with themselves.

@@ -107,6 +107,14 @@ def test_a_runtime_that_is_wrong_is_caught(accelerated: bool, tmp_path: Path, mo
     assert [type(module) for module in model.modules()] == kinds
 
 
+def test_another_default_device_is_no_obstacle(tmp_path: Path) -> None:
+    model, images = random_model(SPECS["average_pool_fc_norm"]), random_images(SPECS["average_pool_fc_norm"])
+    want = prunevit.Runtime(model, device="cpu")(images)
+    with torch.device("meta"):
+        prunevit.save(model, tmp_path / "saved")
+        assert torch.equal(prunevit.Runtime(model, device="cpu")(images), want)
+
+
 def test_one_default_method() -> None:
     """On the command line too, which says it without importing what would load torch."""
     facade, inner, typed = (

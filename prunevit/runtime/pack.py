@@ -133,7 +133,7 @@ def pool_head_op(spec: ViTSpec, weights: Weights) -> PoolHead:
         weight = torch.cat([weight, weights["head_dist.weight"]], dim=1) / 2
         bias = (bias + weights["head_dist.bias"]) / 2
     # an affine norm without its affine part still normalises: weight one, bias zero
-    plain = torch.stack([torch.ones(spec.embed_dim), torch.zeros(spec.embed_dim)])
+    plain = torch.stack([weight.new_ones(spec.embed_dim), weight.new_zeros(spec.embed_dim)])
     if fc_norm is not None:
         weight, bias = fold_norm(weight, bias, fc_norm[0], fc_norm[1])
         fc_norm = plain
