@@ -73,11 +73,11 @@ def _patch_dim(spec: ViTSpec) -> int:
     return spec.in_chans * spec.patch_size[0] * spec.patch_size[1]
 
 
-def latent_pool_macs(spec: ViTSpec) -> int:
-    """Attention pooling over the last block's tokens: q and proj of one latent, kv of every token, the MLP."""
+def latent_pool_macs(spec: ViTSpec, tokens: int) -> int:
+    """Attention pooling over the last block's ``tokens``: q and proj of one latent, kv of every token, the MLP."""
     if spec.attn_pool is None:
         return 0
-    n, width = spec.num_final_tokens - spec.num_unpooled_tokens, spec.embed_dim
+    n, width = tokens - spec.num_unpooled_tokens, spec.embed_dim
     return width * width * (2 + 2 * n) + 2 * n * width + 2 * width * spec.attn_pool.mlp_dim
 
 
@@ -89,7 +89,8 @@ def head_macs(spec: ViTSpec) -> int:
 
 def stem_and_head_macs(spec: ViTSpec) -> int:
     """Patch embedding, attention pooling and classifier, for one image."""
-    return spec.num_patches * _patch_dim(spec) * spec.embed_dim + latent_pool_macs(spec) + head_macs(spec)
+    pooling = latent_pool_macs(spec, spec.num_final_tokens)
+    return spec.num_patches * _patch_dim(spec) * spec.embed_dim + pooling + head_macs(spec)
 
 
 def stem_and_head_params(spec: ViTSpec) -> int:

@@ -60,7 +60,10 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :meth:`Runtime.explain` measured. Prints as a table; ``to_json`` and ``to_html`` are the other forms."""
+    """What :meth:`Runtime.explain` measured. Prints as a table; ``to_json`` and ``to_html`` are the other forms.
+
+    ``spec`` and ``dense`` have the image size that was measured.
+    """
 
     model: str
     spec: ViTSpec
@@ -167,10 +170,9 @@ def explain(runtime: Runtime, batch: int = 1, rounds: int = 20, img_size: tuple[
     """Measure every step of a runtime's program for one batch size. See :meth:`Runtime.explain`."""
     expect(batch >= 1, InputError, "a batch of at least one image", got=batch)
     expect(rounds >= 1, InputError, "at least one round", got=rounds)
-    spec, target, engine = runtime.spec, runtime.target, runtime._engine
-    height, width = img_size or spec.img_size
-    shape, chance = (batch, spec.in_chans, height, width), torch.Generator().manual_seed(0)
-    images = torch.randn(shape, generator=chance, dtype=torch.float32)
+    target, engine, size = runtime.target, runtime._engine, img_size or runtime.spec.img_size
+    chance = torch.Generator("cpu").manual_seed(0)
+    images = torch.randn(batch, runtime.spec.in_chans, *size, generator=chance, dtype=torch.float32, device="cpu")
     # through the door, for its checks and its padding of odd sizes
     images = runtime._door.admit(images.to(target.device))
     probe = PeakProbe(target)
@@ -188,10 +190,11 @@ def explain(runtime: Runtime, batch: int = 1, rounds: int = 20, img_size: tuple[
         ]
         held = sum(memory.nbytes for memory in program.storage.values())
         useful = _largest_views(program, steps)
+    dense = runtime.dense_spec
     return Explanation(
         model=runtime.name,
-        spec=spec,
-        dense=runtime.dense_spec,
+        spec=runtime.spec.replace(img_size=size),
+        dense=None if dense is None else dense.replace(img_size=size),
         batch=batch,
         rounds=rounds,
         backend=target.backend,
@@ -212,8 +215,7 @@ def _largest_views(program: Program, steps: Sequence[Step]) -> int:
     sizes: dict[str, int] = {}
     for view in (view for step in steps for view in step.views):
         if view.buffer in program.storage:
-            elements = program.batch * view.tokens * max(view.width, 1)
-            sizes[view.buffer] = max(sizes.get(view.buffer, 0), elements * program.storage[view.buffer].itemsize)
+            sizes[view.buffer] = max(sizes.get(view.buffer, 0), program.view(view).nbytes)
     return sum(sizes.values())
 
 

@@ -40,7 +40,11 @@ class Plan:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates an image that run: fewer than the spec has where no one reads a token's result."""
+        """Multiply-accumulates an image that run.
+
+        Fewer than the spec has where no one reads a token's result; scoring tokens takes a second pass over QKᵀ, which
+        the spec does not count.
+        """
         return sum(step.macs for step in self.steps)
 
     @property
@@ -87,7 +91,8 @@ class _Planner(Walk):
             rule, cascade = self.selection_rule
             scored_before = any(isinstance(step.op, TokenScores) for step in self.steps)
             scorer = TokenScores(heads, rule, accumulate=cascade and scored_before)
-            self.add(f"{name}.token_scores", scorer, packed, self.scores, macs=n * n * sum(block.qk_dims), block=index)
+            scored = scorer.queries(n) * n * sum(block.qk_dims)
+            self.add(f"{name}.token_scores", scorer, packed, self.scores, macs=scored, block=index)
         if index == self.last_attention:
             self.first = 1
         context = View("context", self.rows, heads.out_width)
@@ -129,5 +134,5 @@ class _Planner(Walk):
         features = View("features", self.tokens, self.spec.embed_dim)
         self.add("final_norm", op, self.x, features, macs=0)
         out = View("out", 0, self.spec.num_classes or self.spec.embed_dim)
-        macs = latent_pool_macs(self.spec) + head_macs(self.spec)
+        macs = latent_pool_macs(self.spec, self.tokens) + head_macs(self.spec)
         self.add("latent_pool", LatentPool.of(self.spec, self.weights), features, out, macs=macs)

@@ -20,6 +20,7 @@ from prunevit_kernels import (
     PatchEmbed,
     PoolHead,
     RaggedAttention,
+    SelectTokens,
     TokenScores,
 )
 from prunevit_kernels.units import round_up
@@ -44,11 +45,12 @@ def cpu_macs(op: Op, buffers: Sequence[Tensor], lanes: int) -> int | None:
         return batch * round_up(buffers[1].shape[1], lanes) * keys * per_pair
     if isinstance(op, TokenScores):
         batch, keys = buffers[0].shape[:2]
-        queries = 1 if op.rule == "class_attention" else keys
-        return batch * round_up(queries, lanes) * keys * sum(op.heads.qk_dims)
+        return batch * round_up(op.queries(keys), lanes) * keys * sum(op.heads.qk_dims)
     if isinstance(op, PatchEmbed):
         embed_dim = op.weight.shape[0]
         return buffers[0].shape[0] * len(op.positions) * op.weight[0].numel() * round_up(embed_dim, lanes)
+    if isinstance(op, SelectTokens):
+        return 0
     if isinstance(op, PoolHead):
         if op.weight is None:
             return 0
@@ -69,6 +71,8 @@ def cuda_macs(op: Op, packed: PackedOp, buffers: Sequence[Tensor]) -> int | None
         return sum(_triton_scores(call, op, buffers) for call in calls(*buffers))
     if isinstance(op, NormLinear | LinearResidual | PatchEmbed | PoolHead | FusedMlp) and calls is not None:
         return sum(_triton_linear(call) for call in calls(*buffers))
+    if isinstance(op, SelectTokens):
+        return 0
     if isinstance(op, FusedMlp) and hasattr(packed, "extension"):
         weights = packed.weights  # type: ignore[attr-defined]
         padded = int(weights.w1.numel() + weights.w2.numel())  # to panels of 64, and of 16 output columns
@@ -98,7 +102,7 @@ def _triton_attention(call: Any, packed: Any, buffers: Sequence[Tensor]) -> int:
 def _triton_scores(call: Any, op: TokenScores, buffers: Sequence[Tensor]) -> int:
     """Each launch multiplies whole blocks of queries by whole blocks of keys, all heads at the widest one's width."""
     batch, keys = buffers[0].shape[:2]
-    queries = round_up(1 if op.rule == "class_attention" else keys, call.tile.block_m)
+    queries = round_up(op.queries(keys), call.tile.block_m)
     width = call.constants["Q0"] + call.constants["Q1"]
     return int(batch * len(op.heads) * queries * round_up(keys, call.tile.block_n) * width)
 

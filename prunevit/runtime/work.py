@@ -106,8 +106,7 @@ def exponentials(op: Op, buffers: Sequence[Tensor]) -> int:
     if not isinstance(op, RaggedAttention | TokenScores):
         return 0
     batch, keys = buffers[0].shape[:2]
-    scored = 1 if isinstance(op, TokenScores) and op.rule == "class_attention" else keys
-    queries = buffers[1].shape[1] if isinstance(op, RaggedAttention) else scored
+    queries = buffers[1].shape[1] if isinstance(op, RaggedAttention) else op.queries(keys)
     return int(batch * queries * keys * len(op.heads))
 
 
@@ -123,8 +122,7 @@ def useful_bytes(op: Op, buffers: Sequence[Tensor], target: Target) -> int:
         return batch * (keys + queries) * widths * size
     if isinstance(op, TokenScores):
         batch, keys = buffers[0].shape[:2]
-        queries = 1 if op.rule == "class_attention" else keys
-        return batch * (keys + queries) * sum(op.heads.qk_dims) * size + buffers[1].numel() * 4
+        return batch * (keys + op.queries(keys)) * sum(op.heads.qk_dims) * size + buffers[1].numel() * 4
     if isinstance(op, PoolHead) and op.pool in ("token", "tokens"):
         return weights + (buffers[0].shape[0] * op.pooled_dim + buffers[1].numel()) * size
     moved = sum(buffer.numel() * buffer.itemsize for buffer in buffers)

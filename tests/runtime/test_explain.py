@@ -21,7 +21,7 @@ from prunevit.runtime import Runtime
 from prunevit.runtime.explain import Explanation
 from prunevit.runtime.waste import LANES
 from prunevit_kernels.target import cpu_extension_built
-from tests.specs import SPECS, block, random_images, random_model, vit
+from tests.specs import SPECS, block, random_images, random_model, select, vit
 
 BACKENDS = ["torch", "cpu"]
 NAMES = ["every_head_its_own_width", "emptied_after_layer_scale", "cp_vit_cascade", "distilled", "attention_pool"]
@@ -82,6 +82,38 @@ def test_bytes_are_what_moves_once() -> None:
     assert moved["fused_mlp"] == 4 * (2 * 2 * width + 2 * 17 * width + 17 + width)
     assert moved["ragged_attention"] == 4 * 2 * (tokens * (13 + 12) + 13 + 12)
     assert moved["pool_head"] == 4 * (2 * width + 7 * width + 7 + 2 * width + 2 * 7)  # a row an image, classifier, norm
+
+
+def test_the_class_tokens_scores_are_one_query_each() -> None:
+    spec = vit(block(), block(select=select("mlp", 30, rule="class_attention")), block(), img_size=(56, 56))
+    it = Runtime(random_model(spec), device="cpu", backend="cpu", threads=1).explain(rounds=1)
+    (scores,) = [step for step in it.steps if step.op == "token_scores"]
+    assert scores.macs == 197 * 16
+    assert scores.executed_macs == LANES[it.steps[1].kernel.removeprefix("C++ ")] * 197 * 16
+    assert it.waste is not None  # a selection multiplies nothing
+    assert 0 <= it.waste < 1
+
+
+@pytest.mark.parametrize("name", [*NAMES, "no_pool"])
+def test_the_reference_pads_nothing(name: str) -> None:
+    assert explained(name, "torch", batch=3).padding_bytes == 0
+
+
+@pytest.mark.parametrize("name", ["average_pool_fc_norm", "attention_pool"])
+def test_counts_at_the_image_size_that_was_measured(name: str) -> None:
+    spec = SPECS[name].replace(dynamic_img_size=True)
+    model = random_model(spec)
+    model.plan = {"dense": spec.to_dict()}
+    it = Runtime(model, device="cpu", backend="torch").explain(2, rounds=1, img_size=(24, 32))
+    assert it.spec.img_size == (24, 32)
+    assert it.macs == it.spec.macs(2) == it.dense_macs > spec.macs(2)
+    assert f"{spec.replace(img_size=(24, 32)).macs() / 5e8:.3f}" in str(it)
+
+
+def test_measures_whatever_the_default_device() -> None:
+    runtime = Runtime(random_model(SPECS["uniform"]), device="cpu")
+    with torch.device("meta"):
+        assert runtime.explain(1, rounds=1).macs == runtime.plan().macs
 
 
 def test_says_why_the_reference_ran() -> None:

@@ -31,6 +31,10 @@ class TokenScores(Op):
         expect(len(self.heads) >= 1, "at least one head", got=len(self.heads))
         expect(self.rule in get_args(Rule), "a rule", got=self.rule, want=get_args(Rule))
 
+    def queries(self, tokens: int) -> int:
+        """How many of an image's ``tokens`` the scores are asked of."""
+        return 1 if self.rule == "class_attention" else tokens
+
     def check(self, target: Target, qkv: Tensor, scores: Tensor) -> None:
         expect_buffer("qkv", qkv, (None, None, self.heads.width), target)
         expect_buffer("scores", scores, qkv.shape[:2], target, torch.float32)

@@ -130,7 +130,7 @@ class Packed(TritonOp[TokenScores]):
         expect_rows("qkv", qkv)
         b, n, _ = qkv.shape
         h = len(self.table)
-        queries = 1 if self.op.rule == "class_attention" else n
+        queries = self.op.queries(n)
         sums = scratch_for(scores, (b * h * queries,), torch.float32)
         problem = Problem("token_scores", (b, queries, n), self.chunks)
         tile = scores_tile(self.target, problem)
