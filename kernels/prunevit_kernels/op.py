@@ -51,7 +51,9 @@ class _ReferenceOp:
 
     def bind(self, *buffers: Tensor) -> Launch:
         self.op.check(self.target, *buffers)
-        return torch.no_grad()(partial(self.op.reference, *buffers))
+        # the target says the dtype: a caller's autocast does not
+        exact = torch.autocast(self.target.device.type, enabled=False)
+        return torch.no_grad()(exact(partial(self.op.reference, *buffers)))
 
 
 AnyOp = TypeVar("AnyOp", bound=Op)

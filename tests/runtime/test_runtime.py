@@ -61,6 +61,18 @@ def test_batch_sizes_share_weights_and_do_not_disturb_each_other(backend: str) -
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["uniform", "attention_pool"])
+def test_autocast_does_not_reach_the_runtime(name: str, backend: str) -> None:
+    spec = SPECS[name]
+    runtime, images = Runtime(random_model(spec), device="cpu", backend=backend), random_images(spec)
+    want = runtime(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(runtime(images), want)
+        assert torch.equal(runtime.warmup(3)(images), want)
+        assert torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_belong_to_the_caller(backend: str) -> None:
     spec = SPECS["uniform"]
     runtime = Runtime(random_model(spec), device="cpu", backend=backend)
