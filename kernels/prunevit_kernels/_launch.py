@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._configs import Problem, Tile
 from ._expect import expect
-from .op import AnyOp
+from .op import SHAPES, AnyOp
 from .target import Launch, Target, in_order
 from .units import round_up
 
@@ -55,7 +55,7 @@ class TritonOp(Generic[AnyOp]):
     calls: ClassVar[Callable[..., list[Call]]]
 
     def __init__(self, op: AnyOp, target: Target) -> None:
-        self.op, self.target = op, target
+        self.op, self.target = op.to(SHAPES), target
 
     def bind(self, *buffers: Tensor) -> Launch:
         self.op.check(self.target, *buffers)

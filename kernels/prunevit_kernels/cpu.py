@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._expect import matrix_of
 from .heads import HeadTable
-from .op import AnyOp
+from .op import SHAPES, AnyOp
 from .target import BUILD_COMMAND, Launch, MissingExtension, Target, in_order
 
 
@@ -36,7 +36,7 @@ class NativeOp(Generic[AnyOp]):
     arguments: ClassVar[Callable[..., tuple[Any, ...]]]
 
     def __init__(self, op: AnyOp, target: Target) -> None:
-        self.op, self.target = op, target
+        self.op, self.target = op.to(SHAPES), target
 
     def bind(self, *buffers: Tensor) -> Launch:
         self.op.check(self.target, *buffers)

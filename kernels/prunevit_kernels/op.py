@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .target import BackendName, Launch, PackedOp, Target
 
+# an op moved here keeps its tensors' shapes alone: what is left of it once its weights are packed
+SHAPES = Target("torch", torch.device("meta"))
+
 MODULES: dict[BackendName, str] = {"cpu": "._native", "cuda": "._triton"}
 
 
@@ -53,7 +56,8 @@ class _ReferenceOp:
         self.op.check(self.target, *buffers)
         # the target says the dtype: a caller's autocast does not
         exact = torch.autocast(self.target.device.type, enabled=False)
-        return torch.no_grad()(exact(partial(self.op.reference, *buffers)))
+        launch: Launch = torch.no_grad()(exact(partial(self.op.reference, *buffers)))
+        return launch
 
 
 AnyOp = TypeVar("AnyOp", bound=Op)

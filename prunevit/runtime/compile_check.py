@@ -58,8 +58,9 @@ def specs() -> Iterable[tuple[str, ViTSpec]]:
 
 def calls_of(spec: ViTSpec, target: Target, batches: Iterable[int]) -> list[Call]:
     """What a runtime on a GPU would launch for a spec."""
-    plan, found = make_plan(spec, PrunedViT(spec).state_dict(), target), list[Call]()
-    packed = PackedPlan(plan, [_Collects(op, found) for op in PackedPlan.of(plan, target).ops])
+    found = list[Call]()
+    packed = PackedPlan.of(make_plan(spec, PrunedViT(spec).state_dict(), target), target)
+    packed.ops = [_Collects(op, found) for op in packed.ops]
     for batch in batches:
         Program(packed, target, (batch, spec.in_chans, *spec.img_size), recorded=True)
     return found

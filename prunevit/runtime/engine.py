@@ -11,12 +11,13 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from prunevit_kernels import Launch, PackedOp, Rebindable, Target, fuse
+from prunevit_kernels.op import SHAPES
 
 from .arena import Arena, Need
 from .graphs import Direct, Recorder
@@ -30,14 +31,22 @@ COLD_SECONDS = 1.0  # a request that prepares for longer than this says so
 
 @dataclass
 class PackedPlan:
-    """A plan with its weights in the target's layout: made once for each image size, shared by every batch size."""
+    """A plan with its weights in the target's layout, and only there: of its ops the shapes are left.
+
+    All batch sizes share them, and all image sizes but for the first step's, which has the positions.
+    """
 
     plan: Plan
     ops: list[PackedOp]
 
     @classmethod
-    def of(cls, plan: Plan, target: Target) -> PackedPlan:
-        return cls(plan, [step.op.pack(target) for step in plan.steps])
+    def of(cls, plan: Plan, target: Target, like: PackedPlan | None = None) -> PackedPlan:
+        """An op's weights go from the plan as it is packed. ``like``: the same model, packed for another image size."""
+        ops: list[PackedOp] = []
+        for i, step in enumerate(plan.steps):
+            ops.append(like.ops[i] if like and i else step.op.pack(target))
+            plan.steps[i] = replace(step, op=step.op.to(SHAPES))
+        return cls(plan, ops)
 
 
 class Program:
@@ -189,7 +198,8 @@ class Engine:
         while len(self.programs) >= self.max_programs:
             self.programs.popitem(last=False)
         if img_size not in self.packed:
-            self.packed[img_size] = PackedPlan.of(self.make_plan(img_size), self.target)
+            like = next(iter(self.packed.values()), None)
+            self.packed[img_size] = PackedPlan.of(self.make_plan(img_size), self.target, like)
         shape, recorded = tuple(images.shape), self.recorder.records
         program = Program(self.packed[img_size], self.target, shape, self.arena, recorded=recorded)
         self.programs[key] = program

@@ -47,8 +47,9 @@ def sizes_of(spec: ViTSpec, target: Target) -> list[StepSize]:
 def memory_bytes(spec: ViTSpec, target: Target, batch: int) -> int:
     """What inference holds: every parameter in the target's dtype, and the buffers of one batch size.
 
-    A buffer is as large as its largest view, rows with the target's pitch. Panels that a kernel pads, and the images
-    of a caller, are not counted; on a GPU, where a recorded program has images of its own, those are.
+    A buffer is as large as its largest view, rows with the target's pitch. Panels that a kernel pads, the images of a
+    caller, and the copy of the weights on the CPU that a runtime packs from are not counted; on a GPU, where a recorded
+    program has images of its own, those are.
     """
     sizes: dict[str, int] = {}
     for view in (view for step in sizes_of(spec, target) for view in step.views):

@@ -25,13 +25,11 @@ from .. import shapes
 from ..errors import InputError, expect
 from ..models.vit import PrunedViT
 from .engine import PackedPlan, Program
-from .plan import Plan
 from .runtime import Runtime
 
 
-def bound_ops(plan: Plan, target: Target, images: Tensor) -> list[tuple[Any, list[Tensor]]]:
+def bound_ops(packed: PackedPlan, target: Target, images: Tensor) -> list[tuple[Any, list[Tensor]]]:
     """Every packed op with the buffers of one batch size. Random values: zeros would run faster."""
-    packed = PackedPlan.of(plan, target)
     program = Program(packed, target, tuple(images.shape))
     for storage in program.storage.values():
         storage.normal_()
@@ -46,14 +44,14 @@ def tune_runtime(runtime: Runtime, batches: Iterable[int], file: Path, report: C
     from prunevit_kernels.tuning import Tuning, machine_name
 
     expect(runtime.backend == "cuda", InputError, "the cuda backend to tune", got=f"backend {runtime.backend}")
-    target, plan = runtime.target, runtime.plan()
+    target = runtime.target
     machine = machine_name(target.device)
     # a file that cannot be read is found before an hour of measuring
     before = Tuning.read(file, machine) if file.exists() else Tuning(machine)
-    bound = []
+    packed, bound = PackedPlan.of(runtime.plan(), target), []
     for batch in batches:
         shape = (batch, runtime.spec.in_chans, *runtime.spec.img_size)
-        bound += bound_ops(plan, target, torch.randn(shape, device=target.device, dtype=target.dtype))
+        bound += bound_ops(packed, target, torch.randn(shape, device=target.device, dtype=target.dtype))
     mlps = [(op, buffers[0]) for op, buffers in bound if isinstance(op, CudaMlp)]
     # the Triton pair is one of an MLP's kernels: it competes with the tiles that suit it
     tiled = [(op, buffers) for op, buffers in bound if isinstance(op, TritonOp)] + [(op.triton, [x]) for op, x in mlps]

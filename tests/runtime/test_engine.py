@@ -8,6 +8,8 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from operator import is_
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ import torch
 from prunevit.errors import InputError
 from prunevit.runtime import Runtime, engine
 from prunevit.runtime.arena import Arena, Need
+from prunevit.runtime.latent_pool import LatentPool
 from prunevit_kernels import Launch
+from prunevit_kernels.cpu import NativeOp
 from tests.specs import SPECS, block, random_images, random_model, vit
 
 
@@ -153,7 +157,35 @@ def test_growing_leaves_what_is_bound_where_it_is() -> None:
     assert second == third
 
 
-def test_image_sizes_share_memory_and_not_weights() -> None:
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.selection is None])
+def test_image_sizes_share_all_weights_but_the_stems(name: str, backend: Any) -> None:
+    spec = SPECS[name].replace(dynamic_img_size=True, img_size=(12, 16))
+    model = random_model(spec)
+    runtime = Runtime(model, device="cpu", backend=backend)
+    for size in ((12, 16), (24, 32)):
+        images = torch.randn(2, spec.in_chans, *size) + 3
+        fresh = Runtime(model, device="cpu", backend=backend)
+        assert torch.equal(runtime(images), fresh(images))
+    first, second = (packed.ops for packed in runtime._engine.packed.values())
+    assert first[0] is not second[0]
+    assert all(map(is_, first[1:], second[1:]))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("name", ["emptied_after_layer_scale", "attention_pool"])
+def test_what_is_packed_is_all_that_is_kept(name: str, backend: Any) -> None:
+    """Of the weights as they were folded nothing stays beside them."""
+    runtime = Runtime(random_model(SPECS[name]), device="cpu", backend=backend).warmup()
+    (packed,) = runtime._engine.packed.values()
+    steps = [step.op for step in packed.plan.steps]
+    kept = steps if backend == "torch" else steps + [op.op for op in packed.ops if isinstance(op, NativeOp)]
+    for op in kept:
+        parts = [*op.pool.parameters(), *op.head.parameters()] if isinstance(op, LatentPool) else vars(op).values()
+        assert {part.device.type for part in parts if isinstance(part, torch.Tensor)} <= {"meta"}
+
+
+def test_image_sizes_share_memory() -> None:
     spec = vit(block(), block(), dynamic_img_size=True)
     runtime = Runtime(random_model(spec), device="cpu", backend="torch", max_programs=1)
     runtime._engine.recorder = Recordings()

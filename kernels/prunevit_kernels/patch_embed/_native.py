@@ -7,13 +7,14 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .. import cpu
+from ..op import SHAPES
 from ..target import Launch, Target
 from . import PatchEmbed
 
 
 class Packed:
     def __init__(self, op: PatchEmbed, target: Target) -> None:
-        self.op, self.target = op, target
+        self.op, self.target = op.to(SHAPES), target
         self.linear = cpu.packed_linear(op.weight.flatten(1), op.bias)
         vectors = (op.positions, op.prefix, op.embed_norm, op.pre_norm)
         self.stem = cpu.extension().Stem(*map(cpu.vector, vectors))
