@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ plain: dict[str, Callable[..., Any]] = {}
 HOW = 'str backend="auto", bool trust_versions=False'
 
 
-@cache
+@lru_cache(4)  # a thread count that is asked for no more need not keep its threads
 def _target(backend: BackendName, device: torch.device, dtype: torch.dtype, threads: int) -> Target:
     return Target(backend, device, dtype, threads)  # one object for each: packs of one target share its thread pool
 

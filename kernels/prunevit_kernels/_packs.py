@@ -5,7 +5,7 @@ choice, ``trust_versions``:
 
 ``False``: every byte is compared with a copy taken when packing. Whatever wrote to the tensors, and however, is seen.
 ``True``: the same tensor object, the same memory (held by the cache: its address cannot come back as another's), the
-same layout and the same version counter, and no step of any optimiser since (fused ones do not count their writes).
+same layout and the same version counter, and no step since of an optimiser of that memory (fused ones count no writes).
 PyTorch counts every write through a tensor's own operations, but not those through ``tensor.data``, NumPy or DLPack
 views, or another process.
 """
@@ -16,7 +16,8 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -37,6 +38,9 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # bytes that a thread of its own compares in a good deal more time than it takes to wake
 _WORTH_A_THREAD = 2 << 20
+
+MOST_TARGETS = 2  # that packs of the same tensors are kept for: threads of two counts may take turns
+MOST_UNTIED = 64  # packs without tensors: more than a model has blocks
 
 _Run = tuple[int, int, int]  # two addresses, and how many bytes from each
 
@@ -107,19 +111,27 @@ def _parts(runs: Sequence[_Run], limit: int) -> list[list[_Run]]:
 
 
 class _OptimiserSteps:
-    """How many steps the optimisers of this process have made, once somebody wants to know."""
+    """How many steps the optimisers of this process have made on a parameter's memory, once somebody wants to know."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self._on: Counter[int] = Counter()  # by address
+        self._unknown = 0
         self._watching = False
+
+    def on(self, tensor: Tensor) -> int:
+        return self._unknown + self._on[tensor.untyped_storage().data_ptr()]
 
     def watch(self) -> None:
         if not self._watching:
             self._watching = True
             register_optimizer_step_post_hook(self._stepped)
 
-    def _stepped(self, *_: object) -> None:
-        self.count += 1
+    def _stepped(self, optimiser: torch.optim.Optimizer, *_: object) -> None:
+        for parameter in (p for group in optimiser.param_groups for p in group["params"]):
+            if type(parameter) in (Tensor, torch.nn.Parameter):
+                self._on[parameter.untyped_storage().data_ptr()] += 1
+            else:  # whose memory may be that of others
+                self._unknown += 1
 
 
 optimiser_steps = _OptimiserSteps()
@@ -152,11 +164,23 @@ class Pack:
 
 def _stamp(tensor: Tensor) -> tuple[object, ...]:
     layout = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-    return (optimiser_steps.count, tensor._version, *layout)
+    return (optimiser_steps.on(tensor), tensor._version, *layout)
+
+
+def _tied_to(tensor: Tensor, compared: bool) -> Any:
+    """What an entry lives as long as: a tensor; of a parameter whose contents are compared, its memory.
+
+    PyTorch swaps no parameter that has weak references (``set_swap_module_params_on_conversion``).
+    """
+    return tensor.untyped_storage() if compared and isinstance(tensor, torch.nn.Parameter) else tensor
 
 
 class PackCache:
-    """Packs by the identity of the tensors they come from. An entry goes when one of its tensors does. Thread-safe."""
+    """Packs by the identity of the tensors they come from. Thread-safe.
+
+    An entry goes when one of its tensors does, or when these have been packed for two targets since, such as other
+    thread counts. Of packs without tensors the last ones stay.
+    """
 
     def __init__(self) -> None:
         self._packs: dict[tuple[Hashable, ...], tuple[Pack, list[Any]]] = {}
@@ -191,9 +215,25 @@ class PackCache:
             pack = Pack(weights, target, make, trust_versions)
             # no lock in the callback: it may run in the middle of anything, and pop is atomic
             forget = partial(_forget, weakref.ref(self), key)
-            self._packs[key] = pack, [weakref.ref(w, forget) for w in weights if w is not None]
+            tied = [_tied_to(w, pack.copies is not None) for w in weights if w is not None]
+            self._packs[key] = pack, [weakref.ref(one, forget) for one in tied]
             self.made += 1
+            self._leave_out(kind, key)
             return pack
+
+    def _leave_out(self, kind: Hashable, key: tuple[Hashable, ...]) -> None:
+        """Entries beside a new one that would otherwise stay for as long as their tensors, or for ever."""
+        targets = [known for known in list(self._packs) if known[2:] == key[2:] and known[0] == kind]
+        untied = [known for known, (_, tied) in list(self._packs.items()) if not tied]
+        for old in targets[:-MOST_TARGETS] + untied[:-MOST_UNTIED]:
+            self._packs.pop(old, None)
+
+    def drop(self, tensors: Iterable[Tensor]) -> None:
+        """Every pack of any of these."""
+        gone = set(map(id, tensors))
+        for key in list(self._packs):
+            if not gone.isdisjoint(key[3:]):
+                self._packs.pop(key, None)
 
     def clear(self) -> None:
         with self._lock:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, TypeVar
 
 from timm.layers import Mlp
 from timm.layers.attention import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
+
+from prunevit_kernels.library import packs
 
 from ..errors import UnsupportedModel
 from ..models.block import Block as EagerBlock
@@ -75,8 +78,8 @@ def _swap(module: nn.Module, options: Options) -> int:
 def restore(model: Model) -> Model:
     """Undo :func:`accelerate`, in place; returns the model. Every module is the object that it was.
 
-    Raises :class:`UnsupportedModel` where a module's class was made from the one that :func:`accelerate` gave it (FSDP
-    does so): what that class adds would be lost.
+    What was packed of the model's weights goes. Raises :class:`UnsupportedModel` where a module's class was made from
+    the one that :func:`accelerate` gave it (FSDP does so): what that class adds would be lost.
     """
     for name, module in model.named_modules():
         kind = type(module)
@@ -85,6 +88,7 @@ def restore(model: Model) -> Model:
                 f"{name or 'the model'} is a {kind.__name__}, made from the class that accelerate gave it: expected "
                 "that one; restore a model before you subclass or shard it"
             )
+    packs.drop(chain(model.parameters(), model.buffers()))
     for module in model.modules():
         if isinstance(module, KernelModule):
             module.__dict__.pop("kernel_options", None)

@@ -19,7 +19,7 @@ from torch import nn
 
 from prunevit.nn import accelerate, restore
 from prunevit_kernels import Target
-from prunevit_kernels._packs import PackCache, same_bytes
+from prunevit_kernels._packs import MOST_UNTIED, PackCache, same_bytes
 from prunevit_kernels.library import packs
 from tests.nn.models import check_model, images, randomise, tiny
 
@@ -253,6 +253,80 @@ def test_a_model_goes_without_the_garbage_collector() -> None:
         assert len(packs) == alive
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("check", ["contents", "versions"])
+@pytest.mark.parametrize("way", WAYS)
+def test_packs_go_when_a_model_is_restored(check: Any, way: str) -> None:
+    gc.collect()
+    alive, model = len(packs), accelerated(tiny(), way, check)
+    with torch.no_grad():
+        model(images(model))
+    assert len(packs) > alive
+    restore(model)
+    assert len(packs) == alive
+
+
+def test_packs_of_thread_counts_that_are_gone_are_not_kept() -> None:
+    model, threads = accelerated(tiny(), "whole"), torch.get_num_threads()
+    gc.collect()
+    alive = len(packs)
+    try:
+        with torch.no_grad():
+            for count in (1, 2, 3, 4):
+                torch.set_num_threads(count)
+                model(images(model))
+            made = packs.made
+            for count in (3, 4, 3):  # two threads of different counts may take turns
+                torch.set_num_threads(count)
+                model(images(model))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(packs) == alive + 2
+    assert packs.made == made
+
+
+def test_a_view_that_goes_leaves_no_pack() -> None:
+    base, x = torch.ones(8, 4), torch.ones(1, 2, 4)
+    gc.collect()
+    alive = len(packs)
+    for rows in (3, 5, 7):
+        torch.ops.prunevit.norm_linear(x, base[:rows], None, 1e-6)
+    assert len(packs) == alive
+
+
+def test_packs_without_weights_are_bounded() -> None:
+    for width in range(1, MOST_UNTIED + 9):
+        torch.ops.prunevit.ragged_attention(torch.zeros(1, 2, 3 * width), [width], [width])
+    assert sum(not tied for _, tied in packs._packs.values()) == MOST_UNTIED
+
+
+def test_a_step_of_another_models_optimiser_packs_nothing() -> None:
+    teacher, student = accelerated(tiny(), "whole", "versions"), nn.Linear(2, 2)
+    optimiser, x = torch.optim.SGD(student.parameters(), lr=0.1, fused=True), images(teacher)
+    with torch.no_grad():
+        teacher(x)
+    made = packs.made
+    for _ in range(3):
+        step(student, optimiser)
+        with torch.no_grad():
+            teacher(x)
+    assert packs.made == made
+
+
+def test_parameters_may_be_swapped() -> None:
+    eager = tiny()
+    model, x = accelerated(eager, "whole"), images(eager)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        check_model(model, eager, x)
+        model.double().float()
+        check_model(model, eager, x)
+        randomise(eager, seed=5)
+        model.load_state_dict(eager.state_dict())
+        check_model(model, eager, x)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def test_old_memory_is_given_back() -> None:
