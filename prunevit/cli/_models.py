@@ -122,11 +122,11 @@ def input_size(model: Any) -> tuple[int, int, int]:
 
 def data_for(model: Any, source: str, *, new_classes: bool = False) -> tuple[ImageData, dict[str, Any]]:
     """The images of ``source`` with the model's classes, and the data config that the model wants."""
-    from ..data import data_config, load_data
+    from ..data import class_names, data_config, load_data
 
     cfg = model.pretrained_cfg
     classes = None if new_classes else model.num_classes
-    data = load_data(source, num_classes=classes, label_names=None if new_classes else cfg.get("label_names"))
+    data = load_data(source, num_classes=classes, label_names=None if new_classes else class_names(cfg))
     return data, data_config(cfg, input_size(model))
 
 

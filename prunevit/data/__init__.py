@@ -98,4 +98,13 @@ def data_config(pretrained_cfg: Mapping[str, Any], input_size: Sequence[int]) ->
     return config
 
 
-__all__ = ["DIGITS_CFG", "SPLITS", "ImageData", "Split", "data_config", "load_data"]
+def class_names(pretrained_cfg: Mapping[str, Any]) -> list[str] | None:
+    """The names of a model's classes, in order. timm's ``label_names`` is a list of them, or a mapping from indices."""
+    names = pretrained_cfg.get("label_names")
+    if isinstance(names, Mapping):
+        by_index = {str(index): name for index, name in names.items()}  # JSON's keys are strings
+        names = [by_index.get(str(index)) for index in range(len(names))]
+    return None if names is None or None in names else [str(name) for name in names]
+
+
+__all__ = ["DIGITS_CFG", "SPLITS", "ImageData", "Split", "class_names", "data_config", "load_data"]

@@ -34,7 +34,9 @@ def choose_target(
     that builds it, where the native extension is missing. Raises :class:`InputError` for what cannot be had here.
     """
     expect(backend in ("auto", *BACKENDS), InputError, f"a backend among auto, {', '.join(BACKENDS)}", got=backend)
-    expect(threads is None or threads >= 1, InputError, "at least one thread", got=threads)
+    expect(threads is None or is_count(threads), InputError, "at least one thread", got=threads)
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    expect(dtype is None or floating, InputError, "a floating torch.dtype such as torch.float32", got=dtype)
     if device is None:
         wants_gpu = backend == "cuda" or (backend in ("auto", "torch") and torch.cuda.is_available())
         device = "cuda" if wants_gpu else "cpu"
@@ -58,6 +60,11 @@ def choose_target(
         raise InputError(str(error)) from None
     logger.info("backend %s on %s in %s", chosen, device, str(dtype).removeprefix("torch."))
     return target
+
+
+def is_count(number: object) -> bool:
+    """A whole number of something, at least one."""
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
 
 
 def device_named(name: str | torch.device) -> torch.device:

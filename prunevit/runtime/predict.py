@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import Tensor
 
-from ..data import data_config
+from ..data import class_names, data_config
 from ..errors import InputError, expect
 from ..models.registry import pretrained_cfg_of
 from ..spec import ViTSpec
@@ -61,7 +61,7 @@ class Predictor:
         try:
             with Image.open(path) as opened:
                 return opened.convert(self.mode)
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        except Exception as error:  # each format has its own: a SyntaxError for a broken PNG, a ValueError for a PPM
             raise InputError(f"expected an image that Pillow reads, got {path}: {error}") from error
 
     def top(self, logits: Tensor, top_k: int) -> list[list[Prediction]]:
@@ -75,10 +75,14 @@ class Predictor:
 
 
 def _labels(cfg: Mapping[str, Any], num_classes: int) -> list[str]:
-    """The checkpoint's own label names, else ImageNet's where the class count is one of its subsets', else numbers."""
-    own = cfg.get("label_names")
+    """The checkpoint's own labels, else ImageNet's where the class count is one of its subsets', else numbers.
+
+    ``label_descriptions`` has more words for a name.
+    """
+    own = class_names(cfg)
     if own is not None and len(own) == num_classes:
-        return [str(name) for name in own]
+        words = cfg.get("label_descriptions") or {}
+        return [str(words.get(name, name)) for name in own]
     subset = infer_imagenet_subset({"num_classes": num_classes})
     if subset is None:
         return [f"class {i}" for i in range(num_classes)]

@@ -18,7 +18,7 @@ from .. import checkpoint
 from ..errors import InputError, expect
 from ..models.vit import PrunedViT
 from ..spec import ViTSpec
-from .backend import choose_target, tuned
+from .backend import choose_target, is_count, tuned
 from .door import Door
 from .engine import Engine
 from .graphs import recorder_for
@@ -58,7 +58,7 @@ class Runtime:
         cuda_graphs: bool = True,
         tuning: str | os.PathLike[str] | None = None,
     ) -> None:
-        expect(max_programs >= 1, InputError, "max_programs of at least 1", got=max_programs)
+        expect(is_count(max_programs), InputError, "max_programs of at least 1", got=max_programs)
         source = checkpoint.model_of(model)
         self.spec = source.spec
         self.target = tuned(choose_target(device, dtype, backend, threads), _tuning_file(model, tuning))
@@ -127,9 +127,12 @@ class Runtime:
         and run ``batch_size`` at a time.
         """
         expect(self.spec.num_classes > 0, InputError, "a model with a classifier to predict with", got="num_classes 0")
-        expect(top_k >= 1, InputError, "top_k of at least 1", got=top_k)
-        expect(batch_size >= 1, InputError, "batch_size of at least 1", got=batch_size)
-        several = [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
+        expect(is_count(top_k), InputError, "top_k of at least 1", got=top_k)
+        expect(is_count(batch_size), InputError, "batch_size of at least 1", got=batch_size)
+        if isinstance(images, str | os.PathLike | Image.Image):
+            images = [images]
+        expect(isinstance(images, Iterable), InputError, "paths or PIL images", got=images)
+        several = list(images)
         expect(len(several) > 0, InputError, "at least one image", got="none")
         predictions = []
         for start in range(0, len(several), batch_size):
@@ -143,9 +146,9 @@ class Runtime:
         Several are prepared largest first: the others then share its memory. While a GPU records, PyTorch before 2.13
         has no random numbers for other threads of the process: warm up before they begin.
         """
-        batches = sorted(set(batch), reverse=True) if isinstance(batch, Iterable) else [batch]
-        fits = all(isinstance(size, int) and size >= 1 for size in batches)
-        expect(fits, InputError, "batches of at least one image", got=batches)
+        given = list(batch) if isinstance(batch, Iterable) else [batch]
+        expect(all(map(is_count, given)), InputError, "batches of at least one image", got=given)
+        batches = sorted(set(given), reverse=True)
         kept = len(batches) <= self._max_programs
         expect(kept, InputError, f"max_programs of at least {len(batches)} for as many batches", got=self._max_programs)
         height, width = img_size or self.spec.img_size

@@ -201,6 +201,10 @@ def test_no_threads_is_an_error(threads: int) -> None:
 WRONG_OPTIONS = {
     "programs": ({"max_programs": 0}, "max_programs of at least 1, got 0"),
     "too_many_threads": ({"backend": "cpu", "threads": 100_000}, "expected 1 to 1024 threads, got 100000"),
+    "programs_in_words": ({"max_programs": "3"}, "max_programs of at least 1, got 3"),
+    "threads_in_words": ({"threads": "2"}, "at least one thread, got 2"),
+    "dtype_in_words": ({"dtype": "fp32"}, "a floating torch.dtype such as torch.float32, got fp32"),
+    "integers": ({"dtype": torch.int8}, "a floating torch.dtype such as torch.float32, got torch.int8"),
     "dtype_of_the_cpu_backend": ({"backend": "cpu", "dtype": torch.float16}, "the cpu backend in fp32, got torch.fl"),
 }
 
@@ -212,7 +216,7 @@ def test_a_wrong_option_is_refused_by_name(name: str) -> None:
         Runtime(random_model(SPECS["uniform"]), device="cpu", **options)
 
 
-@pytest.mark.parametrize("batch", [0, 1.5, [1, 0], [2.5]])
+@pytest.mark.parametrize("batch", [0, 1.5, [1, 0], [2.5], [2, True], True, "3", [None]])
 def test_warmup_refuses_what_is_no_batch(batch: object) -> None:
     with pytest.raises(InputError, match="batches of at least one image"):
         Runtime(random_model(SPECS["uniform"]), device="cpu").warmup(batch)  # type: ignore[arg-type]
@@ -299,6 +303,37 @@ def test_predict_reads_paths_and_pictures_and_names_classes(tmp_path: object) ->
     assert "class" not in from_path[0].label  # ImageNet's own names
 
 
+LABELS: dict[str, tuple[dict[str, object], str]] = {
+    "list": ({"label_names": [f"n{i}" for i in range(7)]}, "n3"),
+    "by_index": ({"label_names": {str(i): f"n{i}" for i in reversed(range(7))}}, "n3"),
+    "described": ({"label_names": [f"n{i}" for i in range(7)], "label_descriptions": {"n3": "a cat"}}, "a cat"),
+    "not_by_index": ({"label_names": {f"n{i}": str(i) for i in range(7)}}, "class 3"),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_predict_reads_labels_as_timm_has_them(case: str) -> None:
+    model, want = random_model(SPECS["uniform"]), LABELS[case][1]
+    model.pretrained_cfg = LABELS[case][0]
+    best = Runtime(model, device="cpu").predict(Image.new("RGB", (40, 40)), top_k=7)[0]
+    assert [p.label for p in best if p.index == 3] == [want]
+
+
+@pytest.mark.parametrize("kind", ["png", "ppm"])
+def test_predict_names_a_picture_that_is_broken(kind: str, tmp_path: Path) -> None:
+    picture, path = Image.effect_noise((300, 300), 99).convert("RGB"), tmp_path / f"broken.{kind}"
+    picture.save(path)
+    data = bytearray(path.read_bytes())
+    if kind == "png":
+        second = data.find(b"IDAT", data.find(b"IDAT") + 4)
+        data[second : second + 4] = b"\0\1\2\3"
+    else:
+        data[3:6] = b"3x0"  # of its width
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=f"an image that Pillow reads, got .*broken.{kind}"):
+        Runtime(random_model(SPECS["uniform"]), device="cpu").predict(path)
+
+
 def test_predict_in_one_channel_takes_the_mean_of_three() -> None:
     timm_model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4, in_chans=1)
     assert len(timm_model.pretrained_cfg["mean"]) == 3
@@ -341,6 +376,9 @@ def test_predict_refuses_what_is_no_image(tmp_path: object) -> None:
         runtime.predict(f"{tmp_path}/missing.png")
     with pytest.raises(InputError, match="at least one image"):
         runtime.predict([])
+    for what in (5, None):
+        with pytest.raises(InputError, match="paths or PIL images"):
+            runtime.predict(what)  # type: ignore[arg-type]
 
 
 def test_warmup_prepares_a_batch_size() -> None:
