@@ -81,8 +81,10 @@ class Build:
     async_copies: int
     """16-byte copies from device to shared memory that do not pass through registers."""
     narrow_copies: int
-    narrow_loads: int
-    """Loads from device memory of less than 4 bytes."""
+    wide_loads: int
+    """16-byte loads from device memory into registers."""
+    instructions: int
+    """In the SASS: what a warp issues, where there is one class and no loop."""
     threads: int
     serialised: bool = False
     """ptxas lets each wgmma wait for the one before: their registers are touched in between."""
@@ -104,7 +106,8 @@ def build(call: Call) -> Build:
         wgmma=wgmma,
         async_copies=sum(".128" in copy for copy in copies),
         narrow_copies=sum(".128" not in copy for copy in copies),
-        narrow_loads=len(re.findall(r"\bLDG\.\S*[US](?:8|16)\b", sass)),
+        wide_loads=len(re.findall(r"\bLDG\.\S*\b128\b", sass)),
+        instructions=len(re.findall(r"/\*[0-9a-f]{4,}\*/ +(?!NOP\b)\S", sass)),
         threads=32 * call.tile.warps,
         serialised=wgmma > 0 and "are serialized" in _assembler_remarks(compiled.asm["ptx"]),
     )

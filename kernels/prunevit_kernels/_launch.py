@@ -24,24 +24,28 @@ class Call:
     """One kernel launch: the kernel, how many programs, its run-time arguments in order, and its constants."""
 
     kernel: Any
-    grid: int
+    grid: int | tuple[int, int, int]
     args: tuple[Any, ...]
     constants: dict[str, Any]
     tile: Tile
     problem: Problem
 
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        return (self.grid, 1, 1) if isinstance(self.grid, int) else self.grid
+
     def compile(self) -> Any:
         """Compile the kernel, specialised as the arguments ask, for the active driver's GPU. Nothing runs."""
-        return self.kernel.warmup(*self.args, grid=(self.grid,), **self.constants, **self._options())
+        return self.kernel.warmup(*self.args, grid=self.blocks, **self.constants, **self._options())
 
     def load(self) -> Launch:
         """The call, compiled and on the GPU: launching it does neither."""
         if triton.knobs.runtime.interpret:
-            return partial(self.kernel[(self.grid,)], *self.args, **self.constants)
+            return partial(self.kernel[self.blocks], *self.args, **self.constants)
         compiled = self.compile()
         compiled._init_handles()
         in_order = [self.constants[name] for name in self.kernel.arg_names[len(self.args) :]]
-        return partial(compiled[(self.grid, 1, 1)], *self.args, *in_order)
+        return partial(compiled[self.blocks], *self.args, *in_order)
 
     def _options(self) -> dict[str, Any]:
         # fp fusion is set because its default differs between Triton's versions

@@ -107,6 +107,12 @@ INSTANCES: dict[str, Callable[[], Instance]] = {
     "ragged_attention mixed to 32": lambda: attention((5, 20, 13), (8, 31, 12), 64, 197),
     "ragged_attention mixed to 128": lambda: attention((100, 20, 13), (8, 128, 12), 64, 197),
     "ragged_attention 6×(13, 12), one query": lambda: attention((13,) * 6, (12,) * 6, 64, 197, 1),
+    "ragged_attention 12×(64, 64), one query": lambda: attention((64,) * 12, (64,) * 12, 64, 197, 1),
+    "ragged_attention 6×(32, 32), one query, 256 tokens": lambda: attention((32,) * 6, (32,) * 6, 64, 256, 1),
+    "ragged_attention 12×(64, 64), 256 tokens": lambda: attention((64,) * 12, (64,) * 12, 64, 256),
+    "ragged_attention mixed to 64, 256 tokens": lambda: attention((13, 57, 5, 24), (40, 64, 48, 12), 64, 256),
+    "ragged_attention 6×(13, 12), 577 tokens": lambda: attention((13,) * 6, (12,) * 6, 64, 577),
+    "ragged_attention mixed to 64, 577 tokens": lambda: attention((13, 57, 5, 24), (40, 64, 48, 12), 64, 577),
     "norm_linear 153 → 384, batch 1": lambda: norm_linear(153, 384, 1),
     "norm_linear 307 → 528, batch 64": lambda: norm_linear(307, 528, 64),
     "norm_linear 384 → 1152, batch 256": lambda: norm_linear(384, 1152, 256),
@@ -138,8 +144,8 @@ def faults(made: Build) -> list[str]:
     if made.name in TENSOR_CORE_KERNELS:
         if not made.tensor_core:
             found.append("no tensor-core instruction")
-        if not made.async_copies:
-            found.append("no async copy")
+        if not made.async_copies + made.wide_loads:  # without a loop there is nothing to copy ahead of
+            found.append("no 16-byte copy, nor load")
     return found
 
 
@@ -157,14 +163,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16"), default=["bfloat16"])
     options = parser.parse_args(arguments)
     names = [name for name in INSTANCES if options.only in name]
-    print("| instance | kernel | sm | dtype | registers × threads | shared | MMA | of it wgmma | 16-byte copies |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = (
+        "instance", "kernel", "sm", "dtype", "registers × threads", "shared", "MMA", "of it wgmma", "16-byte copies",
+        "instructions",
+    )  # fmt: skip
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     broken = 0
     for arch, dtype in product(options.arch, options.dtype):
         for name, made in builds(names, arch, getattr(torch, dtype)):
             print(
                 f"| {name} | {made.name.removesuffix('_kernel')} | {arch} | {dtype} | {made.registers} × {made.threads}"
-                f" | {made.shared} | {made.tensor_core} | {made.wgmma} | {made.async_copies} |",
+                f" | {made.shared} | {made.tensor_core} | {made.wgmma} | {made.async_copies} | {made.instructions} |",
                 flush=True,
             )
             for fault in faults(made):

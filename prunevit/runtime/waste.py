@@ -65,8 +65,7 @@ def cuda_macs(op: Op, packed: PackedOp, buffers: Sequence[Tensor]) -> int | None
     """
     calls = getattr(packed, "calls", None)
     if isinstance(op, RaggedAttention) and calls is not None:
-        (call,) = calls(*buffers)
-        return _triton_attention(call, packed, buffers)
+        return _triton_attention(calls(*buffers)[0], packed, buffers)
     if isinstance(op, TokenScores) and calls is not None:
         return sum(_triton_scores(call, op, buffers) for call in calls(*buffers))
     if isinstance(op, NormLinear | LinearResidual | PatchEmbed | PoolHead | FusedMlp) and calls is not None:
@@ -91,12 +90,11 @@ def _triton_linear(call: Any) -> int:
 
 
 def _triton_attention(call: Any, packed: Any, buffers: Sequence[Tensor]) -> int:
-    """Whole blocks of queries; keys in whole blocks and a tail in steps of 16; each head at its class's widths."""
+    """Whole blocks of queries; keys in steps of 16; each head at its class's widths."""
     batch, keys = buffers[0].shape[:2]
     queries = round_up(buffers[1].shape[1], call.tile.block_m)
-    keys = keys // call.tile.block_n * call.tile.block_n + call.constants["TAIL"]
     widths = sum(sum(packed.menu[int(row[0])]) for row in packed.table.tolist())
-    return int(batch * queries * keys * widths)
+    return int(batch * queries * round_up(keys, 16) * widths)
 
 
 def _triton_scores(call: Any, op: TokenScores, buffers: Sequence[Tensor]) -> int:

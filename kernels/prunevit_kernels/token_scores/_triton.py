@@ -15,28 +15,10 @@ from .._configs import Problem, scores_tile
 from .._expect import expect
 from .._launch import Call, TritonOp, expect_rows, scratch_for
 from .._overlap import await_launches
-from ..ragged_attention._triton import chunks, exact_class, load_slice
+from ..ragged_attention._classes import chunks, exact_class
+from ..ragged_attention._triton import load_rows, multiply_scores
 from ..target import Target
 from . import TokenScores
-
-
-@triton.jit
-def _load_rows(base, rows, limit, row8, width8, Q0: tl.constexpr, Q1: tl.constexpr):
-    """Slices of some q or k rows in two chunks; rows from ``limit`` on are zeros."""
-    row = base + rows * (row8 * 8)
-    first = load_slice(row, 0, Q0, width8, rows < limit, True)
-    second = first
-    if Q1 > 0:
-        second = load_slice(row, Q0, Q1, width8, rows < limit, True)
-    return first, second
-
-
-@triton.jit
-def _scores(q0, q1, k0, k1, Q1: tl.constexpr):
-    scores = tl.dot(q0, tl.trans(k0))
-    if Q1 > 0:
-        scores = tl.dot(q1, tl.trans(k1), scores)
-    return scores
 
 
 @triton.jit(do_not_specialize=["H", "N", "NQ", "image8", "row8"])
@@ -57,15 +39,15 @@ def softmax_sums_kernel(
     queries = tl.program_id(0) % query_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
 
     # load
-    q0, q1 = _load_rows(qkv + tl.load(entry) * 8, queries, NQ, row8, qk8, Q0, Q1)
+    q0, q1 = load_rows(qkv + tl.load(entry) * 8, queries, NQ, row8, qk8, Q0, Q1, True)
 
     # compute in fp32
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for first in tl.range(0, N, BLOCK_N, num_stages=STAGES):
         keys = first + tl.arange(0, BLOCK_N)
-        k0, k1 = _load_rows(k, keys, N, row8, qk8, Q0, Q1)
-        scores = tl.where((keys < N)[None, :], _scores(q0, q1, k0, k1, Q1), float("-inf"))
+        k0, k1 = load_rows(k, keys, N, row8, qk8, Q0, Q1, True)
+        scores = tl.where((keys < N)[None, :], multiply_scores(q0, q1, k0, k1, Q1), float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(scores - new_top[:, None]), 1)
         top = new_top
@@ -97,16 +79,16 @@ def token_scores_kernel(
         entry = table + head * 4
         q = qkv + tl.load(entry) * 8
         qk8 = tl.load(entry + 2)
-        k0, k1 = _load_rows(qkv + tl.load(entry + 1) * 8, keys, N, row8, qk8, Q0, Q1)
+        k0, k1 = load_rows(qkv + tl.load(entry + 1) * 8, keys, N, row8, qk8, Q0, Q1, True)
 
         # compute in fp32
         most = tl.zeros([BLOCK_N], tl.float32)
         for first in tl.range(0, NQ, BLOCK_M, num_stages=STAGES):
             queries = first + tl.arange(0, BLOCK_M)
-            q0, q1 = _load_rows(q, queries, NQ, row8, qk8, Q0, Q1)
+            q0, q1 = load_rows(q, queries, NQ, row8, qk8, Q0, Q1, True)
             # queries that do not exist pay nothing: 2^(score − ∞)
             total = tl.load(sums + head * NQ + queries, mask=queries < NQ, other=float("inf"))
-            paid = tl.exp2(_scores(q0, q1, k0, k1, Q1) - total[:, None])
+            paid = tl.exp2(multiply_scores(q0, q1, k0, k1, Q1) - total[:, None])
             most = tl.maximum(most, tl.max(paid, 0))
         received += most
 

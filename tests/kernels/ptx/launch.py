@@ -66,7 +66,7 @@ def run_triton(call: Call, memory: DeviceMemory, timing: Timing = TOGETHER) -> C
         compiled.metadata.name,
         values,
         memory,
-        grid=(call.grid, 1, 1),
+        grid=call.blocks,
         threads=32 * compiled.metadata.num_warps,
         shared_bytes=compiled.metadata.shared,
         timing=timing,

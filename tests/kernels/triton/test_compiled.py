@@ -11,6 +11,7 @@ from prunevit_kernels.compile_check import INSTANCES, builds, faults
 # few, for time: a body of each kind. `make compile-check` goes through all instances.
 CHECKED = [
     "ragged_attention 6×(13, 12)",
+    "ragged_attention 6×(13, 12), 577 tokens",
     "ragged_attention mixed to 32",
     "fused_mlp 307, 1228, batch 64",
     "patch_embed 307, batch 1",
@@ -35,9 +36,25 @@ def test_hopper_gets_its_own_matrix_instructions(made: list[tuple[str, Build]], 
     assert large >= hopper if "sm_90" in request.node.name else not large
 
 
-def test_narrow_heads_leave_registers_for_four_programs_a_multiprocessor(made: list[tuple[str, Build]]) -> None:
+@pytest.mark.parametrize(("tokens", "programs"), [("", 3), (", 577 tokens", 5)], ids=["one_pass", "loop"])
+def test_narrow_heads_leave_registers_for_some_programs_a_multiprocessor(
+    tokens: str, programs: int, made: list[tuple[str, Build]]
+) -> None:
+    attention = next(build for name, build in made if name == f"ragged_attention 6×(13, 12){tokens}")
+    assert attention.registers * attention.threads * programs <= 65536
+
+
+def test_attention_in_one_pass_loads_16_bytes_at_a_time(made: list[tuple[str, Build]]) -> None:
+    """197 rows of K and V and 64 of Q by 128 threads, and the same from the tail of 16 rows masked: 3 + 3 + 1."""
     attention = next(build for name, build in made if name == "ragged_attention 6×(13, 12)")
-    assert attention.registers * attention.threads * 4 <= 65536
+    assert attention.async_copies == 0
+    assert attention.wide_loads >= 7
+
+
+def test_attention_in_one_pass_issues_few_instructions(made: list[tuple[str, Build]]) -> None:
+    """A block of 64 queries and 208 keys has 104 exponentials a thread, each with five instructions around it."""
+    attention = next(build for name, build in made if name == "ragged_attention 6×(13, 12)")
+    assert attention.instructions <= 900
 
 
 def test_every_kind_of_kernel_is_among_the_instances() -> None:
@@ -48,7 +65,7 @@ def test_every_kind_of_kernel_is_among_the_instances() -> None:
 
 
 def test_a_spilling_build_is_a_fault() -> None:
-    good = Build("linear_residual_kernel", 100, 0, 0, 1024, 8, 0, 4, 0, 0, 128)
-    bad = Build("linear_residual_kernel", 255, 12, 16, 128 * 1024, 0, 0, 0, 2, 0, 512, serialised=True)
+    good = Build("linear_residual_kernel", 100, 0, 0, 1024, 8, 0, 4, 0, 0, 500, 128)
+    bad = Build("linear_residual_kernel", 255, 12, 16, 128 * 1024, 0, 0, 0, 2, 0, 500, 512, serialised=True)
     assert faults(good) == []
     assert len(faults(bad)) == 7

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunevit_kernels import ContractError, HeadTable, RaggedAttention, tune
+from prunevit_kernels import ContractError, HeadTable, RaggedAttention, Target, tune
 from prunevit_kernels._aot import stand_in_target
 from prunevit_kernels._configs import Problem, Tile, candidates
 from prunevit_kernels._launch import Call
@@ -55,13 +55,23 @@ def test_sizes_that_no_kernel_has_are_refused(change: dict[str, object], tmp_pat
 
 def test_a_tuned_tile_is_used(op: RaggedAttention) -> None:
     (default,) = Packed(op, TARGET).calls(*buffers(op))
-    tuning = Tuning("one GPU", {default.problem.key("bfloat16"): TILE})
-    tuned = stand_in_target(torch.bfloat16)
-    object.__setattr__(tuned, "tuning", tuning)
+    tuned = _stand_in(Tuning("one GPU", {default.problem.key("bfloat16"): TILE}))
     (call,) = Packed(op, tuned).calls(*buffers(op))
     assert default.tile != TILE
     assert call.tile == TILE
     assert call.constants["BLOCK_M"] == 128
+
+
+def test_attention_loops_over_more_keys_than_a_pass_takes(op: RaggedAttention) -> None:
+    for keys, one_pass in ((256, True), (257, False)):
+        qkv, out = (torch.empty(2, keys, width, dtype=torch.bfloat16) for width in (op.heads.width, op.heads.out_width))
+        (call,) = Packed(op, TARGET).calls(qkv, out)
+        assert (call.constants["BLOCK_N"] == 0) == one_pass
+        assert any(tile.block_n == 256 for tile in candidates(call.problem)) == one_pass
+        assert any(tile.block_n < 256 for tile in candidates(call.problem)), "the loop is tried at any length"
+        tuned = _stand_in(Tuning("one GPU", {call.problem.key("bfloat16"): Tile(64, 256)}))
+        with nullcontext() if one_pass else pytest.raises(ContractError, match="all keys or of at most 128"):
+            Packed(op, tuned).calls(qkv, out)
 
 
 def test_the_fastest_candidate_wins(op: RaggedAttention, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +89,7 @@ def test_the_fastest_candidate_wins(op: RaggedAttention, monkeypatch: pytest.Mon
         yield made
 
     def load(call: Call) -> Tile:
-        assert call.constants["BLOCK_N"] == call.tile.block_n
+        assert call.constants["BLOCK_M"] == call.tile.block_m
         loaded.append(call.tile)
         return call.tile
 
@@ -99,7 +109,7 @@ def test_the_fastest_candidate_wins(op: RaggedAttention, monkeypatch: pytest.Mon
     assert packed.target is TARGET
 
 
-def _stand_in(tuning: Tuning) -> object:
+def _stand_in(tuning: Tuning) -> Target:
     target = stand_in_target(torch.bfloat16)
     object.__setattr__(target, "tuning", tuning)
     return target

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from prunevit_kernels._aot import stand_in_target
+from prunevit_kernels.ragged_attention import _triton
 from tests.kernels.half_precision import check
 from tests.kernels.half_precision_cases import EVERY_CASE, named
 
@@ -12,3 +13,8 @@ from tests.kernels.half_precision_cases import EVERY_CASE, named
 @pytest.mark.parametrize("name", EVERY_CASE)
 def test_kernel(name: str, dtype: torch.dtype) -> None:
     check(named(name), stand_in_target(dtype))
+
+
+def test_more_images_than_a_grid_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "MOST_IMAGES", 2)
+    check(named("ragged_attention.one_query"), stand_in_target(torch.float32))
