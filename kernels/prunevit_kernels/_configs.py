@@ -68,13 +68,11 @@ def chosen(target: Target, problem: Problem, default: Tile) -> Tile:
 def attention_tile(target: Target, problem: Problem) -> Tile:
     _, queries, keys = problem.sizes
     widest = max(problem.variant[:2])
-    few = queries <= 16
-    # A pass issues a quarter to a third fewer instructions than the loop. Wider heads would spill registers on sm_80;
-    # and a warp by itself, which has all rows of K and V to load, has room for half the width.
-    if keys <= ONE_PASS and widest <= (32 if few else 64):
-        default = Tile(16, ONE_PASS, warps=1, stages=1) if few else Tile(64, ONE_PASS, warps=4, stages=1)
-    elif few:
+    if queries <= 16:
         default = Tile(16, 64, warps=1, stages=3)
+    elif keys <= ONE_PASS and widest <= 64:
+        # a quarter to a third fewer instructions than the loop; wider heads would spill registers on sm_80
+        default = Tile(64, ONE_PASS, warps=4, stages=1)
     elif widest <= 96:
         default = Tile(64, 64, warps=4, stages=3 if widest <= 64 else 2)
     else:  # four warps with an accumulator of 128 columns would spill registers on sm_80

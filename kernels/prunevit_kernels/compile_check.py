@@ -107,8 +107,6 @@ INSTANCES: dict[str, Callable[[], Instance]] = {
     "ragged_attention mixed to 32": lambda: attention((5, 20, 13), (8, 31, 12), 64, 197),
     "ragged_attention mixed to 128": lambda: attention((100, 20, 13), (8, 128, 12), 64, 197),
     "ragged_attention 6×(13, 12), one query": lambda: attention((13,) * 6, (12,) * 6, 64, 197, 1),
-    "ragged_attention 12×(64, 64), one query": lambda: attention((64,) * 12, (64,) * 12, 64, 197, 1),
-    "ragged_attention 6×(32, 32), one query, 256 tokens": lambda: attention((32,) * 6, (32,) * 6, 64, 256, 1),
     "ragged_attention 12×(64, 64), 256 tokens": lambda: attention((64,) * 12, (64,) * 12, 64, 256),
     "ragged_attention mixed to 64, 256 tokens": lambda: attention((13, 57, 5, 24), (40, 64, 48, 12), 64, 256),
     "ragged_attention 6×(13, 12), 577 tokens": lambda: attention((13,) * 6, (12,) * 6, 64, 577),
