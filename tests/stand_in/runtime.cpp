@@ -108,7 +108,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void* host) {
     if (kernels().count(host) == 0) {
         return cudaErrorInvalidDeviceFunction;
     }
-    return found->ptxVersion = found->binaryVersion = device.sm == 90 ? 90 : 80, cudaSuccess;
+    return found->ptxVersion = found->binaryVersion = compiled_for(device.sm), cudaSuccess;
 }
 
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }

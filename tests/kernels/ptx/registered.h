@@ -14,6 +14,9 @@ inline std::map<const void*, Registered>& kernels() {
     return known;
 }
 
+// Which of the code for sm_80 and sm_90a a GPU runs: all but an H100 the former.
+inline int compiled_for(int sm) { return sm == 90 ? 90 : 80; }
+
 extern "C" {
 void** __cudaRegisterFatBinary(void*) {
     static void* handle;

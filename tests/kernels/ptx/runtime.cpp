@@ -68,12 +68,11 @@ int cudaFuncSetAttribute(const void* kernel, int, int bytes) {
     }
     return found->second.shared_limit = bytes, kSuccess;
 }
-// of code for sm_80 and sm_90a: every GPU but an H100 runs the former
 int cudaFuncGetAttributes(Attributes* found, const void* kernel) {
     if (kernels().count(kernel) == 0) {
         return kInvalidValue;
     }
-    return found->ptx_version = capability == 90 ? 90 : 80, kSuccess;
+    return found->ptx_version = compiled_for(capability), kSuccess;
 }
 int cudaLaunchKernelExC(const Config* config, const void* kernel, void** arguments) {
     const auto found = kernels().find(kernel);
