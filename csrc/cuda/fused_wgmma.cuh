@@ -155,12 +155,12 @@ PRUNEVIT_DEVICE void multiply_in_turn(float (&sums)[Parts][Half], const Argument
             start_fc1<D>(hidden, x_tile, ring.slot(fc1) + done * kUnit * kRowBytes, steps);
             products_wait<0>();
             pin(hidden);
+            if (done + kSteps >= units) ring.release(fc1, lane);  // the next chunk's may come while fc2 runs
             activate_hidden<D>(hidden, fragments, a.act);
             if (done == 0) ring.wait_full(fc2);
             start_fc2<D>(sums, fragments, ring.slot(fc2) + done * kUnit * 2, units - done);
             products_wait<0>();
         }
-        ring.release(fc1, lane);
         ring.release(fc2, lane);
         fc1 = ring.after(fc2);
     }
