@@ -170,7 +170,7 @@ template <Dtype D, int Columns>
 __global__ void __launch_bounds__(kWgmmaThreads, 1) fused_wgmma(const __grid_constant__ Arguments a) {
     constexpr int kParts = Columns > 256 ? 2 : 1, kWidth = Columns / kParts;
     const int thread = threadIdx.x, lane = thread % 32;
-    const int group = thread / 128 - 1;  // −1 feeds, 0 and 1 multiply
+    const int group = uniform(thread / 128) - 1;  // −1 feeds, 0 and 1 multiply
     const WgmmaShared at = wgmma_shared(Columns, a.shape, a.slots);
     unsigned char* const shared = shared_memory();
     const uint32_t base = shared_address(shared);

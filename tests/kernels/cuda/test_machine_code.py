@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ import triton
 import setup_cuda
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "UBLKCP", "LDSM", "LDL", "STL", "USETMAXREG")
 # two blocks an SM: 65536 registers over 2 · 256 threads
 WGMMA = ("fused_wgmma", "wgmma_expand", "wgmma_contract")
 TWO_BLOCKS = ("fused_mma<2, 3>", "expand<2>", "expand<3>", "contract<2>", "contract<4>")
@@ -27,11 +25,10 @@ TWO_BLOCKS = ("fused_mma<2, 3>", "expand<2>", "expand<3>", "contract<2>", "contr
 class Code:
     """One kernel on one GPU generation."""
 
-    registers: int = 0
-    stack: int = 0
-    instructions: Counter[str] | None = None
-    before_waiting: Counter[str] | None = None
-    """Those ahead of ACQBULK, which waits until what was launched before has ended."""
+    registers: int
+    stack: int
+    instructions: list[str] = field(default_factory=list)
+    """Their names, in the order in which they lie."""
 
 
 def short_name(mangled: str) -> str:
@@ -60,7 +57,7 @@ def code() -> dict[tuple[str, str], Code]:
                 name = short_name(line)
             elif name and "REG:" in line:
                 numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
-                found[arch, name] = Code(numbers["REG"], numbers["STACK"], Counter(), Counter())
+                found[arch, name] = Code(numbers["REG"], numbers["STACK"])
                 name = ""
         for line in dump("-sass", path).splitlines():
             if "arch = " in line:
@@ -68,10 +65,7 @@ def code() -> dict[tuple[str, str], Code]:
             elif "Function : " in line:
                 name = short_name(line)
             elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", line):
-                made = found[arch, name]
-                made.instructions[match[1]] += 1  # type: ignore[index]
-                if "ACQBULK" not in made.instructions:  # type: ignore[operator]
-                    made.before_waiting[match[1]] += 1  # type: ignore[index]
+                found[arch, name].instructions.append(match[1])
     return found
 
 
@@ -89,8 +83,7 @@ def kernels(code: dict[tuple[str, str], Code], prefix: str, arch: str | None = N
 
 
 def count(code: Code, *names: str) -> int:
-    assert code.instructions is not None
-    return sum(code.instructions[name] for name in names)
+    return sum(code.instructions.count(name) for name in names)
 
 
 def test_every_kernel_is_there_for_every_generation(code: dict[tuple[str, str], Code]) -> None:
@@ -135,12 +128,20 @@ def test_products_stay_in_flight(serialised: set[str]) -> None:
     assert serialised == set()
 
 
+@pytest.mark.parametrize("prefix", ["fused_wgmma", "wgmma_expand"])
+def test_descriptors_stay_in_uniform_registers(code: dict[tuple[str, str], Code], prefix: str) -> None:
+    """Products take them from there: between the first and the last, R2UR brings none from a thread's registers."""
+    for key, made in kernels(code, prefix, "sm_90a").items():
+        at = [i for i, name in enumerate(made.instructions) if name == "HGMMA"]
+        assert "R2UR" not in made.instructions[at[0] : at[-1]], key
+
+
 def test_launches_may_overlap(code: dict[tuple[str, str], Code]) -> None:
     """Before the launch ahead has ended, nothing is read but weights; the next one begins after that."""
     for key, made in code.items():
         overlaps = key[0] == "sm_90a"
         assert (count(made, "ACQBULK"), count(made, "PREEXIT")) == (overlaps, overlaps), key
         if overlaps:
-            assert made.before_waiting is not None
+            before = set(made.instructions[: made.instructions.index("ACQBULK")])  # which waits for that launch
             weights = {"LDGSTS"} if key[1].startswith("expand") else set[str]()
-            assert set(made.before_waiting) & {"LDG", "LD", "STG", "ST", "LDGSTS", "PREEXIT"} == weights, key
+            assert before & {"LDG", "LD", "STG", "ST", "LDGSTS", "PREEXIT"} == weights, key
