@@ -88,6 +88,8 @@ class Build:
     threads: int
     serialised: bool = False
     """ptxas lets each wgmma wait for the one before: their registers are touched in between."""
+    step: int = 0
+    """Instructions of the longest innermost loop, as the SASS has them."""
 
 
 def build(call: Call) -> Build:
@@ -110,7 +112,16 @@ def build(call: Call) -> Build:
         instructions=len(re.findall(r"/\*[0-9a-f]{4,}\*/ +(?!NOP\b)\S", sass)),
         threads=32 * call.tile.warps,
         serialised=wgmma > 0 and "are serialized" in _assembler_remarks(compiled.asm["ptx"]),
+        step=_longest_loop(sass),
     )
+
+
+def _longest_loop(sass: str) -> int:
+    listed = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    jumps = ((at, re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)) for at, text in listed)
+    loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    inner = [loop for loop in loops if not any(loop[0] <= o[0] and o[1] <= loop[1] for o in loops if o != loop)]
+    return max((sum(a <= at <= b and text != "NOP" for at, text in listed) for a, b in inner), default=0)
 
 
 def _tool(name: str) -> str:

@@ -13,6 +13,7 @@ from .units import round_up
 
 BLOCK_K = 64  # packed weights have zeros up to a multiple of this, so that no load of weights is masked along k
 WIDEST_BLOCK = 256  # and vectors of output columns up to one of this: a mask would have them loaded one by one
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by what knows no inline assembly
 
 
 @triton.jit
@@ -31,6 +32,16 @@ def activate(x, ACT: tl.constexpr):
     elif ACT == "relu":
         x = tl.maximum(x, 0.0)
     return x
+
+
+@triton.jit
+def awaited(product):
+    """The product itself, through a move: Triton waits for what is touched, and ptxas then drops the move."""
+    if not INTERPRETED:
+        product = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f", [product], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return product
 
 
 @triton.jit
@@ -78,9 +89,9 @@ def multiply(
             x = x.to(tl.float32) - pivot[:, None]
             sums += _by_eights(x)
             squares += _by_eights(x * x)
-            # Waits for the product. Triton gives a tile that is not multiplied alone no slot for a product still in
-            # flight: the copy of the step after the next would land in what is being multiplied.
-            acc += 0.0
+            # Triton gives a tile that is not multiplied alone no slot for a product still in flight: the copy of the
+            # step after the next would land in what is being multiplied.
+            acc = awaited(acc)
     if NORM:
         deviation = tl.sum(sums, 1)
         m2 = tl.sum(squares, 1)

@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = [name for name in INSTANCES if options.only in name]
     columns = (
         "instance", "kernel", "sm", "dtype", "registers × threads", "shared", "MMA", "of it wgmma", "16-byte copies",
-        "instructions",
+        "instructions", "a step",
     )  # fmt: skip
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     broken = 0
@@ -171,7 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name, made in builds(names, arch, getattr(torch, dtype)):
             print(
                 f"| {name} | {made.name.removesuffix('_kernel')} | {arch} | {dtype} | {made.registers} × {made.threads}"
-                f" | {made.shared} | {made.tensor_core} | {made.wgmma} | {made.async_copies} | {made.instructions} |",
+                f" | {made.shared} | {made.tensor_core} | {made.wgmma} | {made.async_copies}"
+                f" | {made.instructions} | {made.step} |",
                 flush=True,
             )
             for fault in faults(made):

@@ -36,6 +36,12 @@ def test_hopper_gets_its_own_matrix_instructions(made: list[tuple[str, Build]], 
     assert large >= hopper if "sm_90" in request.node.name else not large
 
 
+def test_waiting_for_a_product_adds_nothing_to_a_step(made: list[tuple[str, Build]]) -> None:
+    """An addition of zero that is one would be 64 instructions more."""
+    expand = next(build for _, build in made if build.name == "norm_linear_kernel")
+    assert 200 < expand.step <= (264 if expand.wgmma else 500)
+
+
 @pytest.mark.parametrize(("tokens", "programs"), [("", 3), (", 577 tokens", 5)], ids=["one_pass", "loop"])
 def test_narrow_heads_leave_registers_for_some_programs_a_multiprocessor(
     tokens: str, programs: int, made: list[tuple[str, Build]]
