@@ -90,6 +90,8 @@ class Build:
     """ptxas lets each wgmma wait for the one before: their registers are touched in between."""
     step: int = 0
     """Instructions of the longest innermost loop, as the SASS has them."""
+    exposed: int = 0
+    """What waits for a load ahead of the first copy, and 16-byte loads behind the loop: nothing hides their latency."""
 
 
 def build(call: Call) -> Build:
@@ -98,6 +100,8 @@ def build(call: Call) -> Build:
     usage = _resource_usage(compiled.asm["cubin"])
     wgmma = len(re.findall(r"\bHGMMA\b", sass))
     copies = re.findall(r"\bLDGSTS\.\S*", sass)
+    ahead, step, behind = _around_the_longest_loop(sass)
+    before_copies = re.split(r"\bLDGSTS\b", "\n".join(ahead))[0]
     return Build(
         name=compiled.metadata.name,
         registers=usage["REG"],
@@ -112,16 +116,21 @@ def build(call: Call) -> Build:
         instructions=len(re.findall(r"/\*[0-9a-f]{4,}\*/ +(?!NOP\b)\S", sass)),
         threads=32 * call.tile.warps,
         serialised=wgmma > 0 and "are serialized" in _assembler_remarks(compiled.asm["ptx"]),
-        step=_longest_loop(sass),
+        step=len(step),
+        exposed=len(re.findall(r"\b(?:STS|SHFL)\b", before_copies))
+        + len(re.findall(r"\bLDG\.\S*128\b", "\n".join(behind))),
     )
 
 
-def _longest_loop(sass: str) -> int:
-    listed = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+def _around_the_longest_loop(sass: str) -> tuple[list[str], list[str], list[str]]:
+    """The instructions ahead of, in and behind the longest of the loops that have none within."""
+    listed = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass) if text != "NOP"]
     jumps = ((at, re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)) for at, text in listed)
     loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
     inner = [loop for loop in loops if not any(loop[0] <= o[0] and o[1] <= loop[1] for o in loops if o != loop)]
-    return max((sum(a <= at <= b and text != "NOP" for at, text in listed) for a, b in inner), default=0)
+    start, end = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    ahead, behind = ([text for at, text in listed if at < start], [text for at, text in listed if at > end])
+    return ahead, [text for at, text in listed if start <= at <= end], behind
 
 
 def _tool(name: str) -> str:

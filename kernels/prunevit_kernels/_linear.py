@@ -35,25 +35,12 @@ def activate(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def awaited(product):
-    """The product itself, through a move: Triton waits for what is touched, and ptxas then drops the move."""
+def touched(x):
+    """x itself, through a move that ptxas drops: what Triton does for a use of x, it does here, and not elsewhere."""
     if not INTERPRETED:
-        product = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=f,f", [product], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return product
-
-
-@triton.jit
-def _pivot(x_rows, K, PIVOT: tl.constexpr):
-    """The mean of each row's first channels: deviations from it are summed, since sums of raw squares would cancel.
-
-    It may be far from the row's mean, but not far compared with the row's deviation σ: the first n of K channels have
-    n (pivot − mean)² ≤ K σ², so that no more than a factor of K / n is lost of fp32's 2⁻²⁴.
-    """
-    k = tl.arange(0, PIVOT)
-    x = tl.load(x_rows[:, None] + k[None, :], mask=(k < tl.cdiv(K, 8) * 8)[None, :], other=0.0)
-    return tl.sum(tl.where((k < K)[None, :], x.to(tl.float32), 0.0), 1) / tl.minimum(K, PIVOT)
+        BITS: tl.constexpr = x.dtype.primitive_bitwidth
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=32 // BITS)
+    return x
 
 
 @triton.jit
@@ -70,18 +57,29 @@ def multiply(
     """x Wᵀ over K columns; with NORM, also each row's mean and sum of squared deviations.
 
     Rows of x may hold anything past column K. TAIL is what a multiple of BLOCK_K leaves, as a power of two.
+
+    Deviations are summed from a row's first value, since sums of raw squares would cancel. It may be far from the
+    mean, but not far compared with the row's deviation σ: (first − mean)² ≤ K σ², so that no more than a factor of K
+    is lost of fp32's 2⁻²⁴.
     """
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     mean = tl.zeros([BLOCK_M], tl.float32)
     m2 = tl.zeros([BLOCK_M], tl.float32)
     if NORM:
-        pivot = _pivot(x_rows, K, 16)
+        pivot = tl.load(x_rows).to(tl.float32)
         sums = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
         squares = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_rows[:, None] + k[None, :]
     w_ptrs = w_rows[None, :] + k[:, None]
     whole = K // BLOCK_K * BLOCK_K
+    if TAIL > 0:  # loaded here, so that nothing waits for it behind the loop
+        k_tail = whole + tl.arange(0, TAIL)
+        # whole groups of 8 are read, for 16-byte loads; what lies past column K is then replaced by zeros
+        groups = (k_tail < tl.cdiv(K, 8) * 8)[None, :]
+        inside = (k_tail < K)[None, :]
+        x_tail = tl.load(x_rows[:, None] + k_tail[None, :], mask=groups, other=0.0)
+        w_tail = tl.load(w_rows[None, :] + k_tail[:, None])
     for first in tl.range(0, whole, BLOCK_K, num_stages=STAGES):
         x = tl.load(x_ptrs + first)
         acc = tl.dot(x, tl.load(w_ptrs + first), acc)
@@ -89,20 +87,16 @@ def multiply(
             x = x.to(tl.float32) - pivot[:, None]
             sums += _by_eights(x)
             squares += _by_eights(x * x)
-            # Triton gives a tile that is not multiplied alone no slot for a product still in flight: the copy of the
-            # step after the next would land in what is being multiplied.
-            acc = awaited(acc)
+            # Waits for the product. Triton gives a tile that is not multiplied alone no slot for a product still in
+            # flight: the copy of the step after the next would land in what is being multiplied.
+            acc = touched(acc)
     if NORM:
         deviation = tl.sum(sums, 1)
         m2 = tl.sum(squares, 1)
     if TAIL > 0:
-        k_tail = whole + tl.arange(0, TAIL)
-        # whole groups of 8 are read, for 16-byte loads; what lies past column K is then replaced by zeros
-        groups = (k_tail < tl.cdiv(K, 8) * 8)[None, :]
-        inside = (k_tail < K)[None, :]
-        x = tl.load(x_rows[:, None] + k_tail[None, :], mask=groups, other=0.0)
-        x = tl.where(inside, x, 0.0)
-        acc = tl.dot(x, tl.load(w_rows[None, :] + k_tail[:, None]), acc)
+        x = tl.where(inside, x_tail, 0.0)
+        # stored to shared memory here: the loop's first copies would wait for that
+        acc = tl.dot(x, touched(w_tail), acc)
         if NORM:
             x = tl.where(inside, x.to(tl.float32) - pivot[:, None], 0.0)
             deviation += tl.sum(x, 1)

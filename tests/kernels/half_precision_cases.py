@@ -12,11 +12,15 @@ from prunevit_kernels import FusedMlp, LinearResidual, NormLinear, PatchEmbed, P
 from tests.kernels.half_precision import Buffer, Case, attention_case, scores_case, weights
 
 
-def outlier_channel(values: Tensor) -> Tensor:
+def outlier_channel(values: Tensor, channel: int = 33) -> Tensor:
     """One residual channel a few hundred times the others, as trained transformers have."""
     values = values.clone()
-    values[..., values.shape[-1] // 3] *= 100
+    values[..., channel] *= 100
     return values
+
+
+def outlier_first(values: Tensor) -> Tensor:
+    return outlier_channel(values, 0)
 
 
 def norm_linear(
@@ -116,6 +120,7 @@ CASES: dict[str, dict[str, Case]] = {
         "width_89_to_35": norm_linear(89, 35, b=1, n=3),
         "one_channel": norm_linear(1, 8, b=1, n=2),
         "outlier_channel": norm_linear(100, 24, b=1, n=20, fill=outlier_channel),
+        "outlier_first": norm_linear(100, 24, b=1, n=20, fill=outlier_first),
         "reads_some": norm_linear(72, 24, b=1, n=9, reads=[0, 3, 4, 40, 71]),
     },
     "linear_residual": {

@@ -30,7 +30,14 @@ def linear_residual_kernel(
     w_rows = w + tl.minimum(cols, D - 1) * (w_row8 * 8)
     x_rows = x + first_row * x_row8 * 8 + rows * (x_row8 * 8)
 
-    # load and multiply
+    # load and multiply: the residual first, so that nothing waits for it behind the product
+    if WRITES:
+        ptrs = x_rows[:, None] + tl.load(writes + cols)[None, :]
+        inside = present[:, None] & (cols < D)[None, :]
+    else:
+        ptrs = x_rows[:, None] + cols[None, :]
+        inside = (cols < tl.cdiv(D, 8) * 8)[None, :]  # read 16 bytes at a time; what is past column D is not used
+    residual = tl.load(ptrs, mask=inside, other=0.0)
     acc, _, _ = multiply(c_rows, w_rows, K, False, TAIL, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)
 
     # finish in fp32
@@ -40,16 +47,12 @@ def linear_residual_kernel(
         g = tl.load(gamma + cols)
         acc *= g[None, :]
 
+    acc += residual.to(tl.float32)
+
     # store
     if WRITES:
-        channels = tl.load(writes + cols)
-        ptrs = x_rows[:, None] + channels[None, :]
-        mask = present[:, None] & (cols < D)[None, :]
-        acc += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(ptrs, acc.to(x.dtype.element_ty), mask=mask)
+        tl.store(ptrs, acc.to(x.dtype.element_ty), mask=inside)
     else:
-        groups = (cols < tl.cdiv(D, 8) * 8)[None, :]  # read 16 bytes at a time; what is past column D is not used
-        acc += tl.load(x_rows[:, None] + cols[None, :], mask=groups, other=0.0).to(tl.float32)
         store_columns(x_rows, first_col, D, present, acc, BLOCK_N)
 
 
