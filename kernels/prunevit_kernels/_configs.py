@@ -95,8 +95,9 @@ def linear_tile(target: Target, problem: Problem) -> Tile:
         return chosen(target, problem, Tile(block_m=32, block_n=32, block_k=64, warps=4, stages=4))
     if m <= 4096:
         return chosen(target, problem, Tile(block_m=64, block_n=64, block_k=64, warps=4, stages=3))
-    if problem.kernel == "norm_linear":
-        # a block finds its rows' statistics anew: at 64 columns that is twice the tensor cores' time on an H100
+    if problem.kernel in ("norm_linear", "patch_embed"):
+        # A block finds its rows' statistics anew: at 64 columns that is twice the tensor cores' time on an H100. And it
+        # reads its pixels anew: ⌈n / block_n⌉ (128 + block_n) columns of k in all, from the L2 cache.
         block_n = 128 if n > 64 else 64
     else:
         # 128 columns take 1.5 times the registers, so that one program fits where two did: worth it for long sums only

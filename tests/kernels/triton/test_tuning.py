@@ -12,7 +12,7 @@ import torch
 
 from prunevit_kernels import ContractError, HeadTable, RaggedAttention, Target, tune
 from prunevit_kernels._aot import stand_in_target
-from prunevit_kernels._configs import Problem, Tile, candidates
+from prunevit_kernels._configs import Problem, Tile, candidates, linear_tile
 from prunevit_kernels._launch import Call
 from prunevit_kernels.ragged_attention._triton import Packed
 from prunevit_kernels.tuning import Tuning
@@ -72,6 +72,13 @@ def test_attention_loops_over_more_keys_than_a_pass_takes(op: RaggedAttention) -
         tuned = _stand_in(Tuning("one GPU", {call.problem.key("bfloat16"): Tile(64, 256)}))
         with nullcontext() if one_pass else pytest.raises(ContractError, match="all keys or of at most 128"):
             Packed(op, tuned).calls(qkv, out)
+
+
+@pytest.mark.parametrize("embed_dim", [64, 153, 192, 307, 345, 384, 768])
+def test_many_patches_are_read_as_seldom_as_64_or_128_columns_allow(embed_dim: int) -> None:
+    tile = linear_tile(TARGET, Problem("patch_embed", (256 * 196, embed_dim, 768)))
+    read = {columns: -(-embed_dim // columns) * (tile.block_m + columns) for columns in (64, 128)}
+    assert read[tile.block_n] == min(read.values())
 
 
 def test_the_fastest_candidate_wins(op: RaggedAttention, monkeypatch: pytest.MonkeyPatch) -> None:
