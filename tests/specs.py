@@ -74,6 +74,9 @@ SPECS: dict[str, ViTSpec] = {
     "attention_pool_no_classes": vit(
         block(), embed_dim=32, global_pool="map", num_classes=0, attn_pool=AttnPoolSpec(num_heads=2, mlp_dim=9)
     ),
+    "attention_pool_fc_norm": vit(
+        block(), embed_dim=32, global_pool="map", fc_norm=True, attn_pool=AttnPoolSpec(num_heads=4, mlp_dim=40)
+    ),
     "select_before_mlp": vit(block(), block(select=select("mlp", 5)), block()),
     "select_before_attn": vit(block(), block(select=select("attn", 5)), block()),
     "select_in_the_last_block": vit(block(), block(select=select("mlp", 5))),

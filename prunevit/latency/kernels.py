@@ -161,7 +161,8 @@ class _Maker:
             pool = AttentionPoolLatent(width, num_heads=heads, mlp_ratio=(hidden + 0.5) / width)
             head = nn.Linear(width, classes) if classes else nn.Identity()
         out = self.buffer(1, classes or width)[:, 0].contiguous()
-        return LatentPool(pool.eval(), head.eval(), prefix), [self.buffer(max(n, prefix + 1), width), out]
+        op = LatentPool(pool.eval(), nn.Identity(), head.eval(), prefix)
+        return op, [self.buffer(max(n, prefix + 1), width), out]
 
 
 def _spread(count: int, width: int) -> tuple[int, ...] | None:

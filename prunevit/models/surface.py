@@ -21,6 +21,11 @@ def linear_head(spec: ViTSpec, like: Tensor | None = None) -> nn.Module:
     return head if like is None else head.to(like.device, like.dtype)
 
 
+def norm_of(spec: ViTSpec, wanted: bool) -> nn.Module:
+    """A fresh norm over all channels, or nothing where it is not wanted."""
+    return LayerNorm(spec.embed_dim, eps=spec.norm_eps) if wanted else nn.Identity()
+
+
 def attention_pool(spec: ViTSpec) -> nn.Module:
     """The fresh pooling module of a spec that has one."""
     assert spec.attn_pool is not None

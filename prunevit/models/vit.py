@@ -18,7 +18,7 @@ from ..errors import InputError, SpecError
 from ..spec import ViTSpec
 from .block import Block, init_linear
 from .select import scored_blocks
-from .surface import TimmSurface, attention_pool, linear_head
+from .surface import TimmSurface, attention_pool, linear_head, norm_of
 
 
 class PrunedViT(TimmSurface):
@@ -97,20 +97,17 @@ class PrunedViT(TimmSurface):
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, spec.embed_dim))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
-        self.norm_pre = self._norm(spec.pre_norm)
+        self.norm_pre = norm_of(spec, spec.pre_norm)
 
     def _build_head(self, drop_rate: float) -> None:
         spec = self.spec
-        self.norm = self._norm(spec.final_norm)
+        self.norm = norm_of(spec, spec.final_norm)
         self.attn_pool = None if spec.attn_pool is None else attention_pool(spec)
-        self.fc_norm = self._norm(spec.fc_norm)
+        self.fc_norm = norm_of(spec, spec.fc_norm)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = linear_head(spec)
         if spec.distilled:
             self.head_dist = linear_head(spec)
-
-    def _norm(self, wanted: bool) -> nn.Module:
-        return LayerNorm(self.spec.embed_dim, eps=self.spec.norm_eps) if wanted else nn.Identity()
 
     def init_weights(self) -> None:
         """As timm initialises: truncated normal linears of 0.02, zero biases, almost-zero prefix tokens."""

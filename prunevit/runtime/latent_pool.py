@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunevit_kernels import ContractError, Op, PackedOp, Target
 
-from ..models.surface import attention_pool, linear_head
+from ..models.surface import attention_pool, linear_head, norm_of
 from ..spec import ViTSpec
 from .pack import Weights
 
@@ -21,6 +21,7 @@ class LatentPool(Op):
     """features [B, N, E] are read, out [B, classes or E] is written. The first ``prefix`` tokens are not pooled."""
 
     pool: nn.Module
+    norm: nn.Module
     head: nn.Module
     prefix: int
 
@@ -28,14 +29,15 @@ class LatentPool(Op):
     def of(cls, spec: ViTSpec, weights: Weights) -> LatentPool:
         """With copies of a model's weights."""
         with torch.device("meta"):  # weights are given, not drawn
-            pool, head = attention_pool(spec), linear_head(spec)
-        for name, module in (("attn_pool", pool), ("head", head)):
+            pool, norm, head = attention_pool(spec), norm_of(spec, spec.fc_norm), linear_head(spec)
+        for name, module in (("attn_pool", pool), ("fc_norm", norm), ("head", head)):
             module.load_state_dict({key: weights[f"{name}.{key}"] for key in module.state_dict()}, assign=True)
-        return cls(pool.eval(), head.eval(), 0 if spec.pool_include_prefix else spec.num_prefix_tokens)
+        return cls(pool.eval(), norm.eval(), head.eval(), spec.num_unpooled_tokens)
 
     def to(self, target: Target) -> Self:
-        pool, head = (copy.deepcopy(module).to(target.device, target.dtype) for module in (self.pool, self.head))
-        return replace(self, pool=pool, head=head)
+        parts = (self.pool, self.norm, self.head)
+        pool, norm, head = (copy.deepcopy(module).to(target.device, target.dtype) for module in parts)
+        return replace(self, pool=pool, norm=norm, head=head)
 
     def pack(self, target: Target) -> PackedOp:
         return super().pack(replace(target, backend="torch"))
@@ -47,4 +49,4 @@ class LatentPool(Op):
             raise ContractError(f"expected {what}, got {tuple(features.shape)} and {tuple(out.shape)}")
 
     def reference(self, features: Tensor, out: Tensor) -> None:
-        out.copy_(self.head(self.pool(features[:, self.prefix :])))
+        out.copy_(self.head(self.norm(self.pool(features[:, self.prefix :]))))

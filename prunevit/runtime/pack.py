@@ -124,7 +124,8 @@ def emptied_bias(spec: ViTSpec, index: int, weights: Weights, sublayer: str) -> 
 def pool_head_op(spec: ViTSpec, weights: Weights) -> PoolHead:
     """The final norm, pooling and classifier; the norm is folded into the classifier where pooling is linear."""
     norm = weights.affine("norm") if spec.final_norm else None
-    fc_norm = weights.affine("fc_norm") if spec.fc_norm else None
+    # behind attention pooling it comes after the pool, where LatentPool has it
+    fc_norm = weights.affine("fc_norm") if spec.fc_norm and spec.global_pool != "map" else None
     pool, prefix = pooling(spec)
     if spec.global_pool == "map" or spec.num_classes == 0:
         return PoolHead(spec.embed_dim, pool, prefix, spec.norm_eps, _single(norm), _single(fc_norm))

@@ -130,7 +130,7 @@ class _Sizes(Walk):
         mapped = spec.global_pool == "map"
         pool, prefix = pooling(spec)
         classes = 0 if mapped else spec.num_classes
-        fixed = (pool, prefix, spec.final_norm, spec.fc_norm, classes)
+        fixed = (pool, prefix, spec.final_norm, spec.fc_norm and not mapped, classes)
         features = View("features", self.tokens, self.width)
         out = features if mapped else View("out", self.rows if pool == "none" else 0, classes or self.width)
         self.add("pool_head", fixed, (self.rows, self.width), self.x, out)
