@@ -1,9 +1,11 @@
 """Replacing a directory whole.
 
-Files are written to a sibling, flushed to disk, and the two directories change places in one system call where there is
-one (Linux ``renameat2``, macOS ``renamex_np``): at any moment, also of a crash or a power cut, the path is the old
-directory or the new one. On a file system without that call (some network ones) there are two renames, and a crash
-exactly between them leaves the old directory under ``.NAME.previous`` beside the path.
+New files are written to a sibling, flushed to disk, and the two directories change places in one system call where
+there is one (Linux ``renameat2``, macOS ``renamex_np``): at any moment, also of a crash or a power cut, the path is the
+old directory or the new one. What else the old one held then follows by renaming, and is never copied or deleted: files
+are linked into the new one beforehand, subdirectories are missing between two system calls, and a crash there leaves
+them to the next save. On a file system without that call (some network ones) there are two renames, and a crash exactly
+between them leaves the old directory as ``.NAME.previous-…`` beside the path.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import fcntl
 import glob
 import os
 import secrets
-import shutil
+import stat
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -22,24 +24,42 @@ from pathlib import Path
 
 from .errors import CheckpointError
 
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
 
 def expect_replaceable(path: str | os.PathLike[str]) -> None:
     """Raise :class:`CheckpointError` where no directory can be put: to be asked before the work that would go there."""
-    real, here = Path(os.path.realpath(path)), Path.cwd()
-    there = next(parent for parent in real.parents if parent.exists())
+    try:
+        found = _in_the_way(path)
+    except (OSError, ValueError) as error:  # a directory that may not be searched, a name that no file can have
+        found = str(error)
+    if found is not None:
+        raise CheckpointError(f"{path or '.'}: expected a directory to write, or nothing yet, got {found}")
+
+
+def _in_the_way(path: str | os.PathLike[str]) -> str | None:
+    real = Path(os.path.realpath(path))
+    with suppress(FileNotFoundError):  # who works in a directory that is gone stands in nobody's way
+        here = Path.cwd()
+        if here.is_relative_to(real):  # whoever works in it, a shell too, would be left in a directory that is gone
+            return "the current one" if real == here else "one that holds the current one"
+    there = next((parent for parent in real.parents if parent.exists()), real)
     if real.exists() and not real.is_dir():
-        found = "a file"
-    elif here.is_relative_to(real):  # whoever works in it, a shell too, would be left in a directory that is gone
-        found = "the current one" if real == here else "one that holds the current one"
-    elif os.path.ismount(real):
-        found = "a mount point, which cannot be replaced"
-    elif not there.is_dir():
-        found = f"{there}, a file"
-    elif not os.access(there, os.W_OK | os.X_OK):
-        found = f"{there}, which cannot be written in"
-    else:
-        return
-    raise CheckpointError(f"{path or '.'}: expected a directory to write, or nothing yet, got {found}")
+        return "a file"
+    if os.path.ismount(real):
+        return "a mount point, which cannot be replaced"
+    if not there.is_dir():
+        return f"{there}, a file"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{there}, which cannot be written in"
+    if real.exists():
+        inside = [entry.path for entry in os.scandir(real) if entry.is_dir(follow_symlinks=False)]
+        for folder in (str(real), *inside):
+            if folder != str(real) and os.path.ismount(folder):
+                return f"one with a mount point in it, which cannot be moved: {folder}"
+            if not os.access(folder, os.W_OK) and os.stat(folder).st_uid != os.geteuid():
+                return f"{folder}, a directory of another user, which cannot be moved"
+    return None
 
 
 def replace_directory(path: Path, write: Callable[[Path], None], names: Collection[str]) -> None:
@@ -47,32 +67,36 @@ def replace_directory(path: Path, write: Callable[[Path], None], names: Collecti
     expect_replaceable(path)
     path = Path(os.path.realpath(path))  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale(path)
+    recover(path, names)
     fresh, *locks = _fresh_beside(path)
     try:
         write(fresh)
         for file in fresh.iterdir():
             file.chmod(fresh.stat().st_mode & 0o666)  # as the umask has it, whatever the writer thinks of others
+            _flush(file)
         while not _put(fresh, path, names, locks):
             pass  # another save was first: its other files are carried over too
         _flush(path.parent)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)  # the old directory, or what an error left
-        for lock in locks:
-            os.close(lock)
+        try:
+            if fresh.exists():  # the old directory, or what an error left
+                _empty(fresh, path, names)
+        finally:
+            for lock in locks:
+                os.close(lock)
 
 
 def _fresh_beside(path: Path) -> tuple[Path, int]:
     """A new directory, and the lock that tells the next save that this one is alive."""
     while True:
-        fresh = path.with_name(f".{path.name}.saving-{secrets.token_hex(4)}")
+        fresh = _beside(path, "saving")
         fresh.mkdir()
         if (lock := _locked(fresh)) is not None:
             return fresh, lock
         # taken for stale before it was locked
 
 
-def _locked(path: Path, mode: int = fcntl.LOCK_EX) -> int | None:
+def _locked(path: Path) -> int | None:
     """A directory opened and locked; None where there is none, or another one by the time it is locked."""
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -80,7 +104,7 @@ def _locked(path: Path, mode: int = fcntl.LOCK_EX) -> int | None:
         return None
     same = False
     try:
-        fcntl.flock(handle, mode)
+        _lock(handle, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
             same = os.path.samestat(os.fstat(handle), os.stat(path))
     finally:
@@ -89,46 +113,111 @@ def _locked(path: Path, mode: int = fcntl.LOCK_EX) -> int | None:
     return handle if same else None
 
 
-def _put(fresh: Path, path: Path, names: Collection[str], locks: list[int]) -> bool:
-    """Whether ``fresh`` has become ``path``; not where another save has changed it in between."""
-    old = None
-    if path.exists():
-        if (old := _locked(path)) is None:
-            return False
-        locks.append(old)  # another save of this path waits until this one is done
-        ignore = _at_top(path, names)
-        shutil.copytree(path, fresh, symlinks=True, ignore=ignore, copy_function=_link, dirs_exist_ok=True)
-    for directory, _, files in os.walk(fresh):
-        for file in (Path(directory, name) for name in files):
-            if not file.is_symlink():
-                _flush(file)
-        _flush(Path(directory))
-    if old is not None:
-        exchange(fresh, path)
-        return True
+def _lock(handle: int, mode: int) -> bool:
+    """Lock an open directory; False where its file system (some network ones) has no locks, and saves go without."""
     try:
-        fresh.rename(path)
+        fcntl.flock(handle, mode)
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno in NO_LOCKS:
             return False
         raise
     return True
 
 
-def remove_stale(path: Path) -> None:
-    """Undo and remove what killed saves of ``path`` left beside it."""
-    previous = path.with_name(previous_name(path))
-    if previous.is_dir() and not path.exists():
-        previous.rename(path)
-    shutil.rmtree(previous, ignore_errors=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.saving-*"):
+def _put(fresh: Path, path: Path, names: Collection[str], locks: list[int]) -> bool:
+    """Whether ``fresh`` has become ``path``; not where another save has changed it in between."""
+    if not path.exists():
+        _flush(fresh)
         try:
-            handle = _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue  # its writer lives
-        if handle is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(handle)
+            fresh.rename(path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False
+            raise
+        return True
+    if (old := _locked(path)) is None:
+        return False
+    locks.append(old)  # another save of this path waits until this one is done
+    found = os.fstat(old)
+    for made in (fresh, *(file for file in fresh.iterdir() if file.name in names)):
+        with suppress(PermissionError):  # a group that one is no member of
+            os.chown(made, -1, found.st_gid)
+    fresh.chmod(stat.S_IMODE(found.st_mode) | stat.S_IRWXU)
+    for entry in os.scandir(path):
+        if entry.name not in names and not entry.is_dir(follow_symlinks=False):
+            with suppress(OSError):  # no hard links here: it is moved
+                os.link(entry.path, fresh / entry.name, follow_symlinks=False)
+    _flush(fresh)
+    exchange(fresh, path)
+    return True
+
+
+def _empty(old: Path, path: Path, names: Collection[str]) -> None:
+    """Remove a directory and its ``names``; what else is in it goes to ``path``. Raises :class:`OSError`: it stays."""
+    _make_writable(old)
+    while True:
+        for entry in list(old.iterdir()):
+            if entry.name in names:
+                entry.unlink()
+            else:
+                _move(entry, path / entry.name)
+        try:
+            return old.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise  # else someone has written in it since it was listed
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename. Where both are there, directories become one, and of two files the newer stays."""
+    here = source.lstat()
+    is_folder = stat.S_ISDIR(here.st_mode)
+    try:
+        there = target.lstat()
+    except FileNotFoundError:
+        changed = is_folder and _make_writable(source)  # or its parent could not be another one
+        source.rename(target)
+        if changed:
+            target.chmod(stat.S_IMODE(here.st_mode))
+        return
+    if is_folder and stat.S_ISDIR(there.st_mode):
+        _empty(source, target, ())
+    elif os.path.samestat(here, there) or here.st_mtime_ns <= there.st_mtime_ns:
+        source.unlink()
+    else:
+        source.replace(target)
+
+
+def _make_writable(folder: Path) -> bool:
+    if os.access(folder, os.W_OK | os.X_OK):
+        return False
+    folder.chmod(stat.S_IMODE(folder.stat().st_mode) | stat.S_IRWXU)
+    return True
+
+
+def recover(path: Path, names: Collection[str]) -> None:
+    """Put back what killed saves of ``path`` left beside it, and remove the rest; what is in use stays."""
+    previous = left_beside(path, "previous")
+    for left in (*previous, *left_beside(path, "saving")):
+        with suppress(OSError):  # its writer lives or has just ended, or something in it cannot be moved
+            handle = os.open(left, os.O_RDONLY)
+            try:
+                alone = _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if left in previous and not path.exists():
+                    left.rename(path)
+                elif alone and os.path.samestat(os.fstat(handle), os.stat(left)):
+                    _empty(left, path, names)
+            finally:
+                os.close(handle)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}-{secrets.token_hex(4)}")
+
+
+def left_beside(path: Path, kind: str = "previous") -> list[Path]:
+    """What killed saves left: ``previous``, the old directory where there are two renames, or ``saving``."""
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.{kind}-" + "[0-9a-f]" * 8))
 
 
 def exchange(a: Path, b: Path) -> None:
@@ -151,7 +240,7 @@ def exchange(a: Path, b: Path) -> None:
 
 def rename_twice(a: Path, b: Path) -> None:
     """The same in two steps; ``b`` is gone between them."""
-    previous = b.with_name(previous_name(b))
+    previous = _beside(b, "previous")
     b.rename(previous)
     try:
         a.rename(b)
@@ -159,22 +248,6 @@ def rename_twice(a: Path, b: Path) -> None:
         previous.rename(b)
         raise
     previous.rename(a)
-
-
-def previous_name(path: Path) -> str:
-    """Where the second-best way of exchanging directories leaves the old one if it is killed halfway."""
-    return f".{path.name}.previous"
-
-
-def _at_top(path: Path, names: Collection[str]) -> Callable[[str, list[str]], list[str]]:
-    return lambda directory, entries: [n for n in entries if n in names] if Path(directory) == path else []
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:  # no hard links here
-        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _flush(path: Path) -> None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ._atomic import expect_replaceable, previous_name, replace_directory
+from ._atomic import expect_replaceable, left_beside, replace_directory
 from .errors import CheckpointError, InputError, SpecError, expect
 from .machine import installed
 from .models.from_timm import as_pruned
@@ -27,6 +28,8 @@ from .models.registry import WEIGHTS, pretrained_cfg_of
 from .models.tensors import check_file, check_finite, check_state
 from .models.vit import PrunedViT
 from .spec import ViTSpec
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,11 @@ def save(model: PrunedViT, path: str | os.PathLike[str]) -> Path:
 
 def load(path: str | os.PathLike[str]) -> PrunedViT:
     """Read a checkpoint directory. Raises :class:`CheckpointError` or :class:`SpecError`: file, field and reason."""
-    directory = Path(path)
-    config = read_config(directory)
+    return _unreplaced(Path(path), _load)
+
+
+def _load(directory: Path) -> PrunedViT:
+    config = _read_config(directory)
     weights = directory / WEIGHTS
     check_file(config.spec, weights)
     plan = read_json(directory / PLAN, MAX_PLAN_BYTES) if (directory / PLAN).exists() else None
@@ -112,12 +118,40 @@ def model_of(model: str | os.PathLike[str] | nn.Module) -> PrunedViT:
 
 def read_config(path: str | os.PathLike[str]) -> Config:
     """Read and check ``config.json`` of a checkpoint directory; no tensor is touched."""
-    directory = Path(path)
-    if not directory.is_dir():
-        found, hint = "a file" if directory.exists() else "none", ""
-        if (previous := directory.with_name(previous_name(directory))).is_dir():
-            hint = f"; a save was killed halfway: the old one is {previous}"
-        raise CheckpointError(f"{directory}: expected a checkpoint directory, got {found}{hint}")
+    return _unreplaced(Path(path), _read_config)
+
+
+def _unreplaced(directory: Path, read: Callable[[Path], T]) -> T:
+    """What is read from a directory, all of it from the same one: anew if a save has replaced it meanwhile."""
+    while True:
+        try:
+            handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            named: dict[type[Exception], str] = {FileNotFoundError: "none", NotADirectoryError: "a file"}
+            found, hint = named.get(type(error), str(error)), ""
+            if isinstance(error, FileNotFoundError) and (previous := left_beside(directory)):
+                hint = f"; a save was killed halfway: the old one is {previous[0]}"
+            raise CheckpointError(f"{directory}: expected a checkpoint directory, got {found}{hint}") from None
+        try:  # held open, so that no other directory gets its number
+            result = read(directory)
+        except Exception:  # whatever two halves of different checkpoints lead to
+            if _is_still(directory, handle):
+                raise
+        else:
+            if _is_still(directory, handle):
+                return result
+        finally:
+            os.close(handle)
+
+
+def _is_still(directory: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(directory), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _read_config(directory: Path) -> Config:
     file = directory / CONFIG
     data = read_json(file, MAX_CONFIG_BYTES)
     if data.get("architecture") != "prunevit":

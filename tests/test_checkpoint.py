@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -105,6 +107,110 @@ def test_replacing_keeps_other_files_and_drops_the_old_plan(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["vit"]
 
 
+def test_what_is_written_beside_during_a_save_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that others make, change and hold open while the directories change places."""
+    saved(tmp_path / "vit")
+    inside = tmp_path / "vit"
+    (inside / "runs/first").mkdir(parents=True)
+    for name in ("changed.txt", "changed_later.txt", "open.txt"):
+        (inside / name).write_text("old")
+    inner = _atomic.exchange
+
+    def busy(fresh: Path, path: Path) -> None:
+        (inside / "late.txt").write_text("late")
+        (inside / "new.txt").write_text("new")
+        (inside / "new.txt").replace(inside / "changed.txt")
+        (inside / "runs/first/log.txt").write_text("log")
+        inner(fresh, path)
+        (inside / "runs/second").mkdir(parents=True)
+        (inside / "newer.txt").write_text("newer")
+        (inside / "newer.txt").replace(inside / "changed_later.txt")
+
+    monkeypatch.setattr(_atomic, "exchange", busy)
+    with (inside / "open.txt").open("a") as stream:
+        saved(inside, "uniform")
+        stream.write(" and more")
+    texts = {file.name: file.read_text() for file in inside.rglob("*.txt")}
+    assert texts == {
+        "late.txt": "late",
+        "changed.txt": "new",
+        "changed_later.txt": "newer",
+        "open.txt": "old and more",
+        "log.txt": "log",
+    }
+    assert (inside / "runs/second").is_dir()
+    assert os.listdir(tmp_path) == ["vit"]
+
+
+def test_other_files_are_neither_read_nor_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "vit")
+    os.mkfifo(tmp_path / "vit/pipe")  # whoever opens it waits for a writer
+    (tmp_path / "vit/runs").mkdir(mode=0o555)
+    for i in range(100):
+        (tmp_path / f"vit/runs/{i}.txt").write_text("x")
+    flushed = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    checkpoint.save(random_model(SPECS["uniform"]), tmp_path / "vit")
+    assert len(flushed) < 6
+    assert sorted(os.listdir(tmp_path / "vit")) == ["config.json", "model.safetensors", "pipe", "runs"]
+    assert len(os.listdir(tmp_path / "vit/runs")) == 100
+    assert (tmp_path / "vit/runs").stat().st_mode & 0o777 == 0o555
+
+
+def test_what_cannot_follow_stays_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "vit")
+    (tmp_path / "vit/runs").mkdir()
+    (tmp_path / "vit/runs/log.txt").write_text("kept")
+    inner = Path.rename
+
+    def busy(source: Path, target: Path) -> Path:
+        if source.name == "runs":
+            raise OSError(16, "Device or resource busy", str(source))
+        return inner(source, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"resource busy: '.*\.vit\.saving-\w+/runs'"):
+            saved(tmp_path / "vit")
+        (tmp_path / "vit/runs").mkdir(exist_ok=True)
+        monkeypatch.undo()
+        saved(tmp_path / "vit")
+        assert (tmp_path / "vit/runs/log.txt").read_text() == "kept"
+        assert os.listdir(tmp_path) == ["vit"]
+        monkeypatch.setattr(Path, "rename", busy)
+
+
+def test_directories_of_similar_names_are_left_alone(tmp_path: Path) -> None:
+    for name in (".vit.previous", ".vit.saving-mine"):
+        (tmp_path / name).mkdir()
+    saved(tmp_path / "vit")
+    saved(tmp_path / "vit")
+    assert sorted(os.listdir(tmp_path)) == [".vit.previous", ".vit.saving-mine", "vit"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file to any group")
+def test_the_group_and_mode_of_the_directory_stay(tmp_path: Path) -> None:
+    saved(tmp_path / "vit")
+    os.chown(tmp_path / "vit", -1, 1234)
+    (tmp_path / "vit").chmod(0o2770)
+    saved(tmp_path / "vit")
+    assert (tmp_path / "vit").stat().st_mode & 0o7777 == 0o2770
+    assert {file.stat().st_gid for file in (tmp_path / "vit", *(tmp_path / "vit").iterdir())} == {1234}
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(handle: int, mode: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for seed in range(2):
+        saved(tmp_path / "vit", seed=seed)
+    (tmp_path / "vit").rename(tmp_path / ".vit.previous-0123abcd")
+    saved(tmp_path / "vit", "uniform")
+    assert checkpoint.load(tmp_path / "vit").spec == SPECS["uniform"]
+    assert os.listdir(tmp_path) == ["vit"]
+
+
 def test_parents_are_made_and_links_followed(tmp_path: Path) -> None:
     saved(tmp_path / "a" / "b" / "vit")
     (tmp_path / "link").symlink_to(tmp_path / "a" / "b" / "vit")
@@ -121,6 +227,31 @@ def test_a_loaded_model_does_not_follow_its_file(tmp_path: Path) -> None:
         file.seek(-4000, os.SEEK_END)
         file.write(b"\0" * 4000)
     assert torch.equal(again.pos_embed, before)
+
+
+@pytest.mark.parametrize("when", ["_read_config", "check_file", "PrunedViT", "safe_open"])
+def test_a_save_during_a_load_mixes_nothing(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "vit", seed=0)
+    inner = getattr(checkpoint, when)
+
+    def busy(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(checkpoint, when, inner)
+        for seed, name in enumerate(("uniform", "every_head_its_own_width"), 1):  # twice: numbers of files come again
+            saved(tmp_path / "vit", name, seed=seed)
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, when, busy)
+    model = checkpoint.load(tmp_path / "vit")
+    assert model.plan is not None
+    assert model.plan["seed"] == 2
+    assert torch.equal(model.pos_embed, random_model(model.spec, seed=2).pos_embed)
+
+
+def test_a_broken_directory_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "vit")
+    (tmp_path / "vit/model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="expected a file, got none"):
+        checkpoint.load(tmp_path / "vit")
 
 
 # -- what cannot be saved
@@ -185,11 +316,37 @@ def test_nobody_is_left_in_a_directory_that_is_gone(path: str, tmp_path: Path, m
     assert os.listdir() == ["vit"]
 
 
+@pytest.mark.parametrize("path", ["/", "{tmp}/" + "x" * 300, "{tmp}/a\0b", "x"])
+def test_paths_that_cannot_be_are_refused_by_name(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(CheckpointError, match="expected a directory to write, or nothing yet, got"):
+        saved(Path(path.format(tmp=tmp_path)))
+    with pytest.raises(CheckpointError, match=r"expected a (checkpoint directory|readable file)"):
+        checkpoint.load(Path(path.format(tmp=tmp_path)))
+    saved(tmp_path / "vit")
+    assert os.listdir(tmp_path) == ["vit"]
+
+
+def test_a_directory_that_may_not_be_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    monkeypatch.setattr(os, "open", denied)
+    for use in (lambda path: api.save(random_model(SPECS["uniform"]), path), checkpoint.load):
+        with pytest.raises(CheckpointError, match="Permission denied"):
+            use(tmp_path / "vit")
+
+
 def test_where_nothing_can_be_put_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name in ("disk", ""))
     with pytest.raises(CheckpointError, match="a mount point"):
         saved(tmp_path / "disk")
+    with pytest.raises(CheckpointError, match=f"one with a mount point in it, .*: {tmp_path}/disk"):
+        saved(tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(CheckpointError, match=f"{tmp_path}, which cannot be written in"):
         saved(tmp_path / "deep/vit")
@@ -257,9 +414,10 @@ def test_a_crash_where_directories_cannot_be_exchanged(tmp_path: Path, run_until
         code = run_until_crash(step, directory, "rename_twice")
         if not directory.exists():
             between += 1
-            with pytest.raises(CheckpointError, match=r"\.vit\.previous"):
+            (previous,) = directory.parent.glob(".vit.previous-*")
+            with pytest.raises(CheckpointError, match=f"the old one is {previous}"):
                 checkpoint.load(directory)
-            assert checkpoint.load(directory.with_name(".vit.previous")).plan
+            assert checkpoint.load(previous).plan
         else:
             checkpoint.load(directory)
         saved(directory, seed=2)
@@ -497,6 +655,10 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
         "pos_embed: expected finite weights",
     ),
     "plan_truncated": (_write("plan.json", b'{"heads": '), r"plan\.json: expected JSON"),
+    "plan_a_pipe": (
+        lambda d: ((d / "plan.json").unlink(), os.mkfifo(d / "plan.json")),
+        r"plan\.json: expected a regular file",
+    ),
     "plan_a_list": (_write("plan.json", b"[]"), r"plan\.json: expected a JSON object"),
 }
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._atomic import previous_name
+from .._atomic import left_beside
 from ..errors import CheckpointError, DataError, InputError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def expect_there(model: str | Path, data: str | None = None) -> None:
     """Refuse a path that leads nowhere before anything heavy is loaded."""
     if isinstance(model, Path) or is_checkpoint(model):
         path = Path(model)
-        if not path.exists() and not path.with_name(previous_name(path)).exists():
+        if not path.exists() and not left_beside(path):
             raise CheckpointError(f"{path}: expected a checkpoint directory, got none")
     if data is not None and data != "digits" and not Path(data).is_dir():
         found = "a file" if Path(data).exists() else "none"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,22 @@ def read_origin(find: Callable[[str], Path | None]) -> tuple[dict[str, Any] | No
 def read_json(file: Path, limit: int) -> dict[str, Any]:
     """A JSON object: no constants that JSON does not have, no key twice, at most ``limit`` bytes."""
     try:
-        with file.open("rb") as stream:
-            raw = stream.read(limit + 1)
+        with open(file, "rb", opener=_without_waiting) as stream:
+            regular = stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+            raw = stream.read(limit + 1) if regular else b""
     except OSError as error:
         raise CheckpointError(f"{file}: expected a readable file, got {error.strerror}") from None
+    if not regular:
+        raise CheckpointError(f"{file}: expected a regular file, got another kind")
+    return parse_json(raw, str(file), limit)
+
+
+def _without_waiting(file: str, flags: int) -> int:
+    return os.open(file, flags | os.O_NONBLOCK)  # a pipe would be waited for
+
+
+def parse_json(raw: bytes, file: str, limit: int) -> dict[str, Any]:
+    """The same of what was read, or is about to be written."""
     if len(raw) > limit:
         raise CheckpointError(f"{file}: expected at most {limit} bytes, got more")
     try:
