@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import PrunevitError
 
+MAX_FIELDS = 64  # no object of a spec or a plan has as many
+
 
 class Frozen(BaseModel):
     # strict: a JSON true is no width of 1, and "12" no depth; lax_size etc. would hide a malformed file
@@ -27,10 +29,13 @@ class Document(Frozen):
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Read untrusted data. Raises its ``error`` with the path of each wrong field and why."""
         try:
+            most = _most_fields(data)
             # lists stand for tuples in JSON: validated as JSON, strictness keeps its meaning for everything else
             text = json.dumps(data)
         except (TypeError, ValueError, RecursionError) as error:
             raise cls.error(f"invalid {cls.kind}: expected plain JSON values, got {error}") from None
+        if most > MAX_FIELDS:  # each unknown one would be an error, of a kilobyte
+            raise cls.error(f"invalid {cls.kind}: expected at most {MAX_FIELDS} fields an object, got {most}")
         with cls._named():
             return cls.model_validate_json(text)
 
@@ -53,6 +58,13 @@ class Document(Frozen):
         except ValidationError as error:
             lines = [f"{'.'.join(map(str, e['loc'])) or cls.kind}: {_reason(e)}" for e in error.errors()[:5]]
             raise cls.error(f"invalid {cls.kind}: " + "; ".join(lines)) from None
+
+
+def _most_fields(data: Any) -> int:
+    """The most fields that an object has; lists are looked into where they begin with one."""
+    if isinstance(data, Mapping):
+        return max(len(data), *map(_most_fields, data.values()), 0)
+    return max(map(_most_fields, data)) if isinstance(data, list | tuple) and data and isinstance(data[0], dict) else 0
 
 
 def _reason(error: Any) -> str:

@@ -10,52 +10,24 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from ._atomic import expect_replaceable, left_beside, replace_directory
-from .errors import CheckpointError, InputError, SpecError, expect
+from .errors import CheckpointError, InputError, expect
 from .machine import installed
+from .models.config import Config, config_of, pretrained_cfg_of
+from .models.files import CONFIG, PLAN, parse_json, read_json, read_plan
 from .models.from_timm import as_pruned
-from .models.origin import CONFIG, MAX_CONFIG_BYTES, MAX_PLAN_BYTES, PLAN, read_json
-from .models.registry import WEIGHTS, pretrained_cfg_of
+from .models.registry import WEIGHTS
 from .models.tensors import check_file, check_finite, check_state
 from .models.vit import PrunedViT
-from .spec import ViTSpec
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Config:
-    """What a ``config.json`` says, checked."""
-
-    spec: ViTSpec
-    pretrained_cfg: dict[str, Any]
-    provenance: dict[str, Any]
-
-
-class _DataConfig(BaseModel):
-    """The fields of ``pretrained_cfg`` that reading images and labels relies on; others are ignored."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-    input_size: tuple[int, int, int]
-    test_input_size: tuple[int, int, int] | None = None
-    mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), min_length=1, max_length=4096)
-    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.229, 0.224, 0.225), min_length=1, max_length=4096)
-    interpolation: str = "bicubic"
-    crop_pct: float = Field(default=0.875, gt=0, le=4)
-    test_crop_pct: float | None = Field(default=None, gt=0, le=4)
-    crop_mode: str = "center"
-    label_names: tuple[str, ...] | dict[str, str] | None = None
-    label_descriptions: dict[str, str] | None = None
 
 
 def save(model: PrunedViT, path: str | os.PathLike[str]) -> Path:
@@ -75,11 +47,15 @@ def save(model: PrunedViT, path: str | os.PathLike[str]) -> Path:
     texts = {CONFIG: _dumps("config", _config(model), indent=2)}
     if model.plan is not None:
         texts[PLAN] = _dumps("plan", model.plan)
+    # a good checkpoint is not replaced by one that cannot be read
+    config_of(parse_json(texts[CONFIG], "config"), "config")
+    if PLAN in texts:
+        parse_json(texts[PLAN], "plan")
 
     def write(directory: Path) -> None:
         save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
         for name, text in texts.items():
-            (directory / name).write_text(text + "\n", "utf-8")
+            (directory / name).write_bytes(text)
 
     try:
         replace_directory(path, write, (WEIGHTS, CONFIG, PLAN))
@@ -97,7 +73,7 @@ def _load(directory: Path) -> PrunedViT:
     config = _read_config(directory)
     weights = directory / WEIGHTS
     check_file(config.spec, weights)
-    plan = read_json(directory / PLAN, MAX_PLAN_BYTES) if (directory / PLAN).exists() else None
+    plan = read_plan(directory / PLAN)
     model = PrunedViT(config.spec, device="meta")  # no memory yet: each tensor of the file becomes a parameter
     with safe_open(weights, framework="pt") as file:
         # cloned, because what safetensors gives is the mapped file, which someone may overwrite
@@ -153,30 +129,7 @@ def _is_still(directory: Path, handle: int) -> bool:
 
 def _read_config(directory: Path) -> Config:
     file = directory / CONFIG
-    data = read_json(file, MAX_CONFIG_BYTES)
-    if data.get("architecture") != "prunevit":
-        raise CheckpointError(f"{file}: architecture: expected 'prunevit', got {data.get('architecture')!r:.60}")
-    args, provenance, cfg = (_object(file, data, name) for name in ("model_args", "prunevit", "pretrained_cfg"))
-    try:
-        spec = ViTSpec.from_dict(_object(file, args, "spec"))
-    except SpecError as error:
-        raise SpecError(f"{file}: model_args.spec: {error}") from None
-    stated = {"num_classes": spec.num_classes, "num_features": spec.embed_dim, "global_pool": spec.global_pool}
-    for name, value in stated.items():
-        if data.get(name) != value:
-            raise CheckpointError(f"{file}: {name}: expected {value!r} as the spec has, got {data.get(name)!r:.60}")
-    try:
-        _DataConfig.model_validate(cfg)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{file}: pretrained_cfg.{where}: {first['msg']}, got {first['input']!r:.60}") from None
-    if list(cfg["input_size"]) != [spec.in_chans, *spec.img_size]:
-        raise CheckpointError(
-            f"{file}: pretrained_cfg.input_size: expected {[spec.in_chans, *spec.img_size]} as the spec has, "
-            f"got {cfg['input_size']}"
-        )
-    return Config(spec, cfg, provenance)
+    return config_of(read_json(file), file)
 
 
 def _config(model: PrunedViT) -> dict[str, Any]:
@@ -193,15 +146,8 @@ def _config(model: PrunedViT) -> dict[str, Any]:
     }
 
 
-def _dumps(what: str, value: Any, indent: int | None = None) -> str:
+def _dumps(what: str, value: Any, indent: int | None = None) -> bytes:
     try:
-        return json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
+        return (json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
         raise CheckpointError(f"{what}: expected plain JSON values, got {error}") from None
-
-
-def _object(file: Path, data: dict[str, Any], name: str) -> dict[str, Any]:
-    value = data.get(name)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: {name}: expected an object, got {value!r:.60}")
-    return value

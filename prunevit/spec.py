@@ -29,7 +29,8 @@ Rule = Literal["max_attention", "class_attention"]
 GlobalPool = Literal["", "avg", "avgmax", "max", "token", "map"]
 HeadDim = Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)]
 Channel = Annotated[int, Field(ge=0, lt=2**16)]
-Channels = Annotated[tuple[Channel, ...], Field(min_length=1, max_length=2**16)]
+# a hostile file has one error a list, not one a number
+Channels = Annotated[tuple[Channel, ...], Field(min_length=1, max_length=2**16, fail_fast=True)]
 Size = tuple[Annotated[int, Field(ge=1, le=2**14)], Annotated[int, Field(ge=1, le=2**14)]]
 
 
@@ -60,8 +61,8 @@ class BlockSpec(Frozen):
     None means all. Norm statistics are always over all channels.
     """
 
-    qk_dims: Annotated[tuple[HeadDim, ...], Field(max_length=256)]
-    v_dims: Annotated[tuple[HeadDim, ...], Field(max_length=256)]
+    qk_dims: Annotated[tuple[HeadDim, ...], Field(max_length=256, fail_fast=True)]
+    v_dims: Annotated[tuple[HeadDim, ...], Field(max_length=256, fail_fast=True)]
     attn_scale: Annotated[float, Field(gt=0, le=1e4)]
     mlp_dim: Annotated[int, Field(ge=0, le=2**18)]
     has_attn: bool = True
@@ -122,7 +123,7 @@ class ViTSpec(Document):
     in_chans: Annotated[int, Field(ge=1, le=4096)] = 3
     num_classes: Annotated[int, Field(ge=0, le=2**20)] = 1000
     embed_dim: Annotated[int, Field(ge=1, le=2**16)]
-    blocks: Annotated[tuple[BlockSpec, ...], Field(max_length=1024)]
+    blocks: Annotated[tuple[BlockSpec, ...], Field(max_length=1024, fail_fast=True)]
 
     class_token: bool = True
     distilled: bool = False  # a distillation token after the class token, and a head of its own

@@ -274,9 +274,25 @@ def _nan_in_the_provenance(model: PrunedViT) -> None:
     model.provenance = {"accuracy": float("nan")}
 
 
+def _cfg(**fields: Any) -> Callable[[PrunedViT], None]:
+    return lambda model: setattr(model, "pretrained_cfg", fields)
+
+
+def _provenance(value: dict[Any, Any]) -> Callable[[PrunedViT], None]:
+    return lambda model: setattr(model, "provenance", value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (_provenance({"log": "x" * 2**24}), "config: expected at most 16777216 bytes"),
+        (_provenance({1: "a", "1": "b"}), "config: expected JSON, got an object with one key twice"),
+        (_provenance({"base_model": "caf\udce9"}), "config: expected plain JSON values"),
+        (_cfg(label_names=[1, 2]), r"config: pretrained_cfg\.label_names"),
+        (_cfg(crop_pct=0.0), r"config: pretrained_cfg\.crop_pct"),
+        (_cfg(std=(0.0, 0.0, 0.0)), r"config: pretrained_cfg\.std\.0"),
+        (_cfg(mean=0.5), r"config: pretrained_cfg\.mean"),
+        (_cfg(mean=["0.5"] * 5), r"config: pretrained_cfg\.mean\.0"),
         (_nan, r"blocks\.0\.mlp\.fc1\.weight: expected finite weights"),
         (_another_shape, r"head\.weight: expected shape \[7, 29\], got \[8, 29\]"),
         (_tensor_in_the_plan, "plan: expected plain JSON"),
@@ -565,6 +581,18 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config_of_a_gigabyte": (_huge_sparse("config.json", 2**30), r"config\.json: expected at most 16777216 bytes"),
     "another_architecture": (_config(lambda c: c.update(architecture="resnet50")), "architecture: expected 'prunevit'"),
     "no_model_args": (_config(lambda c: c.pop("model_args")), "model_args: expected an object"),
+    "arguments_beside_the_spec": (
+        _config(lambda c: c["model_args"].update(num_classes=5)),
+        r"model_args\.num_classes: expected nothing but the spec, got 5",
+    ),
+    "spec_with_a_million_unknown_fields": (
+        _config(lambda c: c["model_args"]["spec"]["blocks"][0].update({f"x{i}": 0 for i in range(200_000)})),
+        r"expected at most 64 fields an object, got 2000\d\d",
+    ),
+    "spec_with_a_million_wrong_numbers": (
+        _config(lambda c: c["model_args"]["spec"]["blocks"][0].update(attn_reads=[-1] * 65536)),
+        r"blocks\.0\.attn_reads\.0: ",
+    ),
     "no_spec": (_config(lambda c: c["model_args"].pop("spec")), "spec: expected an object"),
     "spec_a_list": (_config(lambda c: c["model_args"].update(spec=[])), "spec: expected an object"),
     "provenance_a_text": (_config(lambda c: c.update(prunevit="snp")), "prunevit: expected an object"),
@@ -590,6 +618,13 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "input_size_missing": (_config(lambda c: c["pretrained_cfg"].pop("input_size")), r"pretrained_cfg\.input_size"),
     "mean_a_text": (_config(lambda c: c["pretrained_cfg"].update(mean="0.5")), r"pretrained_cfg\.mean"),
     "deviation_zero": (_config(lambda c: c["pretrained_cfg"].update(std=[0, 0, 0])), r"pretrained_cfg\.std\.0"),
+    "deviation_tiny": (_config(lambda c: c["pretrained_cfg"].update(std=[1e-300])), r"pretrained_cfg\.std\.0"),
+    "mean_of_texts": (_config(lambda c: c["pretrained_cfg"].update(mean=["0.5"] * 3)), r"pretrained_cfg\.mean\.0"),
+    "means_of_other_channels": (
+        _config(lambda c: c["pretrained_cfg"].update(mean=[0.5] * 5)),
+        r"pretrained_cfg\.mean: expected one value, or 3 as the spec has channels, got 5",
+    ),
+    "crop_of_a_hundredth": (_config(lambda c: c["pretrained_cfg"].update(crop_pct=0.01)), r"pretrained_cfg\.crop_pct"),
     "crop_negative": (_config(lambda c: c["pretrained_cfg"].update(crop_pct=-1)), r"pretrained_cfg\.crop_pct"),
     "labels_numbers": (_config(lambda c: c["pretrained_cfg"].update(label_names=[1])), r"pretrained_cfg\.label_names"),
     "no_weights": (lambda d: (d / "model.safetensors").unlink(), r"model\.safetensors: expected a file, got none"),
@@ -655,6 +690,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
         "pos_embed: expected finite weights",
     ),
     "plan_truncated": (_write("plan.json", b'{"heads": '), r"plan\.json: expected JSON"),
+    "plan_of_a_gigabyte": (_huge_sparse("plan.json", 2**30), r"plan\.json: expected at most 16777216 bytes"),
     "plan_a_pipe": (
         lambda d: ((d / "plan.json").unlink(), os.mkfifo(d / "plan.json")),
         r"plan\.json: expected a regular file",

@@ -16,6 +16,7 @@ from ..errors import CheckpointError, UnsupportedModel
 from ..spec import MAX_HEAD_DIM, AttnPoolSpec, BlockSpec, ViTSpec
 from .as_built import changed_refusal
 from .block import act_of
+from .config import pretrained_cfg_of
 from .parts import (
     DROPOUT,
     IDENTITY,
@@ -51,7 +52,7 @@ def from_timm(model: nn.Module) -> PrunedViT:
     pruned.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     pruned.to(state["patch_embed.proj.weight"].device)
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    pruned.pretrained_cfg = {key: value for key, value in cfg.items() if key != "state_dict"}
+    pruned.pretrained_cfg = pretrained_cfg_of(spec, cfg)
     name = cfg.get("architecture")
     if name is not None:
         tag = cfg.get("tag")

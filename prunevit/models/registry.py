@@ -6,26 +6,22 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, to_2tuple
 from timm.models import PretrainedCfg, build_model_with_cfg, register_model
 from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
-from ..errors import SpecError
+from ..errors import CheckpointError, SpecError, expect
 from ..spec import ViTSpec
-from .origin import read_origin
+from .config import OVERRIDES, config_of, pretrained_cfg_of
+from .files import CONFIG, PLAN, read_json, read_plan
 from .tensors import check_file, check_finite, check_shapes
 from .vit import PrunedViT
 
 WEIGHTS = "model.safetensors"
-DATA_FIELDS = (
-    *("test_input_size", "interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std", "label_names"),
-    *("label_descriptions", "license", "description", "origin_url", "paper_name", "paper_ids", "notes"),
-)
-OVERRIDES = ("num_classes", "in_chans", "img_size", "global_pool", "dynamic_img_size", "dynamic_img_pad")
+SOURCES = ("source", "file", "hf_hub_id")
 
 
 @register_model  # type: ignore[untyped-decorator]
@@ -46,8 +42,17 @@ def prunevit(
         raise SpecError("spec: expected model_args with a spec, as prunevit's config.json has them, got none")
     source = spec if isinstance(spec, ViTSpec) else ViTSpec.from_dict(spec)
     cfg = _known_fields(pretrained_cfg) if pretrained_cfg else pretrained_cfg_of(source)
-    if pretrained and cfg.get("source") == "local-dir":
-        check_file(source, Path(str(cfg["file"])) / WEIGHTS)
+    plan: dict[str, Any] | None = None
+    provenance: dict[str, Any] = {}
+    if (find := _finder(cfg, kwargs.get("cache_dir"))) is not None:
+        file = find(CONFIG)
+        config = config_of(read_json(file), file)
+        expect(config.spec == source, CheckpointError, f"the spec of {file}", got="another one")
+        # of the file nothing but what was checked: timm would obey a custom_load, a state_dict, another classifier
+        cfg = {**pretrained_cfg_of(source, config.pretrained_cfg), **{n: cfg[n] for n in SOURCES if cfg.get(n)}}
+        if pretrained:
+            check_file(source, find(WEIGHTS))
+            plan, provenance = read_plan(find(PLAN)), config.provenance
     if cfg.get("source") == "hf-hub":
         cfg["hf_hub_filename"] = WEIGHTS  # named, so that timm never falls back to a pickle
     model: nn.Module = build_model_with_cfg(
@@ -59,53 +64,28 @@ def prunevit(
         feature_cfg={"out_indices": min(3, source.depth), "feature_cls": "getter"},
         **kwargs,
     )
-    if pretrained and (found := _finder(cfg, kwargs.get("cache_dir"))) is not None:
-        built: Any = getattr(model, "model", model)  # features_only wraps it
-        built.plan, built.provenance = read_origin(found)
+    built: Any = getattr(model, "model", model)  # features_only wraps it
+    built.plan, built.provenance = plan, provenance
     return model
 
 
-def _finder(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> Callable[[str], Path | None] | None:
-    """Finds the files that lie beside a checkpoint's weights; None where weights come from nowhere that has any."""
+def _finder(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> Callable[[str], Path] | None:
+    """Finds the files of a checkpoint by name; None where weights come from nowhere that has any."""
     if cfg.get("source") == "local-dir":
         folder = Path(str(cfg["file"]))
-        return lambda name: path if (path := folder / name).exists() else None
+        return lambda name: folder / name
     if cfg.get("source") != "hf-hub":
         return None
 
-    def download(name: str) -> Path | None:
+    def download(name: str) -> Path:
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
             return Path(download_from_hf(cfg["hf_hub_id"], name, cache_dir))
         except EntryNotFoundError:
-            return None
+            return Path(cfg["hf_hub_id"], name)  # where nothing is
 
     return download
-
-
-def pretrained_cfg_of(spec: ViTSpec, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """timm's data and classifier configuration of a spec; what ``base`` says of preprocessing and labels is kept."""
-    base = base or {}
-    kept = {name: base[name] for name in DATA_FIELDS if base.get(name) is not None}
-    if base.get("num_classes", spec.num_classes) != spec.num_classes:
-        kept = {name: value for name, value in kept.items() if not name.startswith("label_")}
-    if not spec.dynamic_img_size:
-        kept.pop("test_input_size", None)
-    for name in ("mean", "std"):
-        values = kept.get(name, ())
-        if len(values) not in (0, 1, spec.in_chans):  # timm changes a model's channels and leaves their statistics
-            kept[name] = [fmean(values)] * spec.in_chans
-    return {
-        **kept,
-        "architecture": "prunevit",
-        "num_classes": spec.num_classes,
-        "input_size": [spec.in_chans, *spec.img_size],
-        "fixed_input_size": not spec.dynamic_img_size,
-        "pool_size": None,
-        "first_conv": "patch_embed.proj",
-        "classifier": ["head", "head_dist"] if spec.distilled else "head",
-    }
 
 
 def _known_fields(cfg: PretrainedCfg | Mapping[str, Any]) -> dict[str, Any]:
@@ -116,9 +96,8 @@ def _known_fields(cfg: PretrainedCfg | Mapping[str, Any]) -> dict[str, Any]:
 
 def _build(source: ViTSpec, **kwargs: Any) -> PrunedViT:
     fields = {name: value for name in OVERRIDES if (value := kwargs.pop(name, None)) is not None}
-    size = fields.get("img_size")
-    if size is not None:
-        fields["img_size"] = (size, size) if isinstance(size, int) else tuple(size)
+    if "img_size" in fields:
+        fields["img_size"] = tuple(to_2tuple(fields["img_size"]))
     if fields.get("global_pool", "map") != "map":
         fields["attn_pool"] = None
     return PrunedViT(source.replace(**fields), **kwargs)

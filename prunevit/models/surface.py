@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from timm.layers import AttentionPoolLatent, LayerNorm, PatchEmbed, resample_abs_pos_embed
+from timm.layers import AttentionPoolLatent, LayerNorm, PatchEmbed, resample_abs_pos_embed, to_2tuple
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -102,6 +102,24 @@ class TimmSurface(nn.Module):
             {"module": f"blocks.{i}", "num_chs": self.embed_dim, "reduction": reduction} for i in range(self.spec.depth)
         ]
 
+    # What timm's own export (save_for_hf, push_to_hf_hub) writes of a model. timm sets both to what it built the model
+    # with; the spec knows what has become of it.
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        return {"spec": self.spec.to_dict()}
+
+    @_model_args.setter
+    def _model_args(self, value: object) -> None: ...
+
+    @property
+    def _traits(self) -> dict[str, Any]:
+        size, fixed = self.spec.img_size, not self.spec.dynamic_img_size
+        return {"img_size": size, "fixed_input_size": fixed, "first_conv": "patch_embed.proj"}
+
+    @_traits.setter
+    def _traits(self, value: object) -> None: ...
+
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed", "cls_token", "reg_token", "dist_token"}
 
@@ -138,12 +156,11 @@ class TimmSurface(nn.Module):
             self.head_dist = linear_head(self.spec, like=self.pos_embed).train(self.training)
 
     def set_input_size(
-        self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
         """Another image or patch size: position embeddings and the patch kernel are resampled."""
-        spec = self.spec.replace(
-            img_size=tuple(img_size or self.spec.img_size), patch_size=tuple(patch_size or self.spec.patch_size)
-        )
+        given = {"img_size": img_size, "patch_size": patch_size}
+        spec = self.spec.replace(**{name: tuple(to_2tuple(size)) for name, size in given.items() if size is not None})
         if spec.grid_size != self.spec.grid_size:
             positions = resample_abs_pos_embed(
                 self.pos_embed,

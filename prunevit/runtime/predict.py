@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..data import class_names, data_config
 from ..errors import InputError, expect
-from ..models.registry import pretrained_cfg_of
+from ..models.config import pretrained_cfg_of
 from ..spec import ViTSpec
 
 ImageLike = str | os.PathLike[str] | Image.Image

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from huggingface_hub.errors import EntryNotFoundError
 from timm.data import resolve_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models import PretrainedCfg
-from timm.models._hub import _parse_model_cfg
+from timm.models._hub import _parse_model_cfg, save_for_hf
 
 import prunevit.models.registry as registry
 from prunevit import checkpoint
 from prunevit.errors import CheckpointError, SpecError
 from prunevit.models import PrunedViT
-from prunevit.models.registry import pretrained_cfg_of
+from prunevit.models.config import pretrained_cfg_of
+from prunevit.models.from_timm import from_timm
 from prunevit.pruning import Plan, prune
 from tests.specs import SPECS, random_images, random_model
 
@@ -169,7 +171,9 @@ def test_the_hub_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", download)
     monkeypatch.setattr("timm.models._builder.has_hf_hub", lambda necessary: True)
     again: Any = timm.create_model(name, pretrained=True, pretrained_cfg=cfg, **args)
-    assert asked == [("someone/vit", name) for name in ("model.safetensors", "config.json", "plan.json")]
+    assert asked == [
+        ("someone/vit", name) for name in ("config.json", "model.safetensors", "plan.json", "model.safetensors")
+    ]
     assert again.provenance["base_model"] == "uniform"
     assert again.plan is None
     with torch.no_grad():
@@ -182,6 +186,72 @@ def test_unknown_fields_of_a_later_timm_are_left_out(tmp_path: Path) -> None:
     config["pretrained_cfg"]["of_a_later_timm"] = 1
     (directory / "config.json").write_text(json.dumps(config), "utf-8")
     assert created(directory).num_classes == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(num_classes=5), "num_classes: expected 7 as the spec has, got 5"),
+        (lambda c: c["model_args"].update(num_classes=5), r"model_args\.num_classes: expected nothing but the spec"),
+        (lambda c: c["model_args"].update(features_only=True), r"model_args\.features_only: expected nothing but"),
+        (lambda c: c["pretrained_cfg"].update(input_size=[3, 24, 24]), r"pretrained_cfg\.input_size"),
+        (lambda c: c["pretrained_cfg"].update(mean="0.5"), r"pretrained_cfg\.mean"),
+        (lambda c: c.update(prunevit="x"), "prunevit: expected an object"),
+    ],
+)
+def test_what_load_refuses_is_refused(change: Callable[[Any], object], message: str, tmp_path: Path) -> None:
+    directory = checkpoint.save(random_model(SPECS["uniform"]), tmp_path / "vit")
+    config = json.loads((directory / "config.json").read_text("utf-8"))
+    change(config)
+    (directory / "config.json").write_text(json.dumps(config), "utf-8")
+    for read in (created, checkpoint.load):
+        with pytest.raises(CheckpointError, match=message):
+            read(directory)
+
+
+def test_the_file_does_not_tell_timm_how_to_load(tmp_path: Path) -> None:
+    model, images = random_model(SPECS["uniform"]), random_images(SPECS["uniform"])
+    directory = checkpoint.save(model, tmp_path / "vit")
+    config = json.loads((directory / "config.json").read_text("utf-8"))
+    hostile = {"custom_load": True, "first_conv": "nope", "classifier": 7, "label_offset": 1, "state_dict": {"a": 1}}
+    config["pretrained_cfg"].update(hostile)
+    (directory / "config.json").write_text(json.dumps(config), "utf-8")
+    with torch.no_grad():
+        assert torch.equal(created(directory)(images), model(images))
+
+
+# -- timm's own export
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "as_it_was": lambda model: None,
+    "classes": lambda model: model.reset_classifier(11),
+    "pooling": lambda model: model.reset_classifier(7, "avg"),
+    "no_pooling": lambda model: model.reset_classifier(0, ""),
+    "image_size": lambda model: model.set_input_size(24),
+    "patch_size": lambda model: model.set_input_size(patch_size=(2, 2)),
+    "depth": lambda model: model.prune_intermediate_layers([0], prune_head=False),
+}
+
+
+@pytest.mark.parametrize("read", [created, checkpoint.load])
+@pytest.mark.parametrize("change", CHANGES)
+def test_timms_export_is_read_back(change: str, read: Callable[[Path], Any], tmp_path: Path) -> None:
+    model = read(checkpoint.save(random_model(SPECS["uniform"]), tmp_path / "vit"))
+    CHANGES[change](model)
+    save_for_hf(model, tmp_path / "out", safe_serialization=True)
+    images = random_images(model.spec)
+    for again in (created(tmp_path / "out"), checkpoint.load(tmp_path / "out")):
+        assert again.spec == model.spec
+        with torch.no_grad():
+            assert torch.equal(again(images), model(images))
+
+
+def test_timms_export_of_a_converted_model(tmp_path: Path) -> None:
+    model = from_timm(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=5)).eval()
+    save_for_hf(model, tmp_path / "out", safe_serialization=True)
+    for again in (created(tmp_path / "out"), checkpoint.load(tmp_path / "out")):
+        assert again.spec == model.spec
 
 
 def test_a_pickle_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
