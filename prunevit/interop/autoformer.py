@@ -56,7 +56,7 @@ def spec_from_autoformer(config: Config, **fields: Any) -> ViTSpec:
         )
         given = {"embed_dim": width, "blocks": blocks, "norm_eps": 1e-5, "global_pool": "avg", **fields}
         return ViTSpec(**given)
-    except (ValidationError, TypeError) as error:
+    except (ValidationError, TypeError, OverflowError) as error:
         raise SpecError(f"RETRAIN: {error}") from None
 
 
@@ -73,7 +73,7 @@ def from_autoformer(config: Config, state: Mapping[str, Tensor], **fields: Any) 
     width = spec.embed_dim
 
     def part(name: str, *sizes: int | None) -> Tensor:
-        expect(name in state, CheckpointError, f"a tensor {name}", got="none")
+        expect(isinstance(state.get(name), Tensor), CheckpointError, f"a tensor {name}", got="none")
         tensor = state[name]
         fits = tensor.dim() == len(sizes) and all(s is None or s <= have for s, have in zip(sizes, tensor.shape))
         expect(fits, CheckpointError, f"{name} of at least {sizes}", got=tuple(tensor.shape))
@@ -107,6 +107,15 @@ def from_autoformer(config: Config, state: Mapping[str, Tensor], **fields: Any) 
     return loaded(spec, cut, {"base_model": "autoformer", "method": "autoformer"})
 
 
+class _Tree(yaml.SafeLoader):
+    """Without aliases, by which a few hundred bytes stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias, which is not read")
+        return super().compose_node(parent, index)
+
+
 def _subnet(config: Config) -> Mapping[str, Any]:
     if isinstance(config, str | os.PathLike):
         try:
@@ -116,8 +125,8 @@ def _subnet(config: Config) -> Mapping[str, Any]:
             raise SpecError(f"{config}: expected a readable file, got {error.strerror}") from None
         expect(len(raw) <= MAX_YAML_BYTES, SpecError, f"at most {MAX_YAML_BYTES} bytes in {config}", got="more")
         try:
-            config = yaml.safe_load(raw)
-        except yaml.YAMLError as error:
+            config = yaml.load(raw, Loader=_Tree)
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
             raise SpecError(f"{config}: expected YAML, got {error}") from None
     expect(isinstance(config, Mapping), SpecError, "a mapping of AutoFormer's fields", got=type(config).__name__)
     assert isinstance(config, Mapping)

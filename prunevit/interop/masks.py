@@ -32,8 +32,9 @@ def from_masks(
     """The compact model of a timm ViT (or a PrunedViT) under masks; ``model`` is left as it is.
 
     ``masks`` go by name: ``blocks.i.attn`` (queries, keys and values alike), ``blocks.i.attn.qk``, ``blocks.i.attn.v``
-    and ``blocks.i.mlp``; what has no mask is kept. An attention mask is [H, D], one number per head [H] or [H, 1], one
-    for each width of all heads [1, D], [H · D], or ViT-Slim's [1, 1, H, 1, D]; an MLP mask is [F].
+    and ``blocks.i.mlp``; what has no mask is kept, and what has several is kept where all of them keep it. An attention
+    mask is [H, D], one number per head [H] or [H, 1], one for each width of all heads [1, D], [H · D], or ViT-Slim's
+    [1, 1, H, 1, D]; an MLP mask is [F].
 
     ``on="activations"``: a masked number is zero after its linear and activation. ``on="weights"``: only the masked
     rows of qkv and fc1 are zero and their biases live, so that a masked neuron is the constant act(b1); constants are
@@ -49,9 +50,10 @@ def from_masks(
     kept = []
     with torch.no_grad():
         for i, spec in enumerate(dense.spec.blocks):
-            both = checked.get(f"blocks.{i}.attn")
-            qk = checked.get(f"blocks.{i}.attn.qk", both or _all(spec.qk_dims))
-            v = checked.get(f"blocks.{i}.attn.v", both or _all(spec.v_dims))
+            qk = checked.get(f"blocks.{i}.attn.qk", _all(spec.qk_dims))
+            v = checked.get(f"blocks.{i}.attn.v", _all(spec.v_dims))
+            if (both := checked.get(f"blocks.{i}.attn")) is not None:
+                qk, v = ([mask & shared for mask, shared in zip(masks, both)] for masks in (qk, v))
             (hidden,) = checked.get(f"blocks.{i}.mlp", _all((spec.mlp_dim,)))
             masked = _Masked(dense, i, spec, [mask.clone() for mask in qk], v, hidden)
             if on == "weights":

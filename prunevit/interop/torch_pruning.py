@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from timm.layers.attention import Attention
 from torch import nn
 
 from ..errors import UnsupportedModel
 from ..models.from_timm import from_timm
 from ..models.vit import PrunedViT
+
+TOLERANCE = 1e-3  # of the largest logit: the same as between a module and its runtime
 
 
 def from_torch_pruning(model: nn.Module) -> PrunedViT:
@@ -21,7 +24,8 @@ def from_torch_pruning(model: nn.Module) -> PrunedViT:
     stream's too. The softmax scale is what the model computes with: fused attention takes the pruned ``head_dim``
     ** -0.5, unfused attention its ``scale``, which pruning leaves alone.
 
-    Raises :class:`UnsupportedModel` naming the attribute.
+    Raises :class:`UnsupportedModel` naming the attribute, and where the two differ on random images: some attention has
+    another ``forward`` then.
     """
     vit: Any = model
     for i, block in enumerate(getattr(vit, "blocks", ())):
@@ -41,6 +45,22 @@ def from_torch_pruning(model: nn.Module) -> PrunedViT:
     if isinstance(getattr(vit, "patch_embed", None), nn.Module):
         edited.embed_dim = vit.patch_embed.proj.out_channels
     pruned = from_timm(edited)
+    _expect_same(vit, pruned)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     pruned.provenance = {"base_model": str(cfg.get("architecture", "vit")), "method": "torch-pruning"}
     return pruned
+
+
+def _expect_same(vit: nn.Module, pruned: PrunedViT) -> None:
+    """Refuse a model whose own ``forward`` computes something else than what has become of it."""
+    images = torch.randn(2, pruned.spec.in_chans, *pruned.spec.img_size, generator=torch.Generator().manual_seed(0))
+    both: list[Any] = [copy.deepcopy(model).cpu().double().eval() for model in (vit, pruned)]
+    try:
+        with torch.no_grad():
+            want, got = (model(images.double()) for model in both)
+        error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-12))
+    except (RuntimeError, TypeError, AttributeError) as reason:
+        raise UnsupportedModel(f"expected a model that runs after pruning, got {reason}") from None
+    if not error <= TOLERANCE:
+        what = f"the attention of timm or of Torch-Pruning's example, within {TOLERANCE:g} of the model's outputs"
+        raise UnsupportedModel(f"expected {what}, got {error:.3g}: some forward computes something else")

@@ -110,3 +110,28 @@ def test_refuses_what_does_not_fit(tmp_path: Path) -> None:
         spec_from_autoformer(broken)
     with pytest.raises(SpecError, match=r"missing\.yaml: expected a readable file, got No such file"):
         spec_from_autoformer(tmp_path / "missing.yaml")
+
+
+BOMB = "a: &a [1,1]\n" + "".join(f"{y}: &{y} [*{x},*{x}]\n" for x, y in zip("abcdefgh", "bcdefghi"))
+YAML = "DEPTH: 1\nEMBED_DIM: 64\nMLP_RATIO: [4]\nNUM_HEADS: [1]\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(BOMB, "[" * 50_000, "DEPTH: " + "9" * 5000, "DEPTH: 2020-99-99", "DEPTH: !!int x", "DEPTH: !!bool x"),
+        YAML.replace("64", "1" + "0" * 400).replace("[4]", "[3.5]"),
+    ],
+)
+def test_refuses_hostile_yaml(text: str, tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text(YAML)
+    assert spec_from_autoformer(tmp_path / "good.yaml").embed_dim == 64
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(SpecError):
+        spec_from_autoformer(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("value", [None, torch.ones(96, dtype=torch.int64), torch.full((96,), torch.nan)])
+def test_refuses_weights_that_no_checkpoint_holds(value: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"norm\.weight"):
+        from_autoformer(SUBNET, {**Supernet(True).state_dict(), "norm.weight": value}, **FIELDS)

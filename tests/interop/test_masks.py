@@ -150,6 +150,17 @@ def test_query_key_and_value_masks_may_differ() -> None:
     agree(compact, searched.double().float())
 
 
+def test_several_masks_of_one_attention_hold_together() -> None:
+    both, qk = ones_and_zeros(3, 8, seed=1), ones_and_zeros(3, 8, seed=2)
+    both[1] = 0
+    v = ones_and_zeros(3, 8, seed=3)
+    apart = {"blocks.0.attn.qk": both * qk, "blocks.0.attn.v": both * v}
+    together = {"blocks.0.attn": both, "blocks.0.attn.qk": qk, "blocks.0.attn.v": v}
+    agree(from_masks(timm_vit(), together), from_masks(timm_vit(), apart))
+    del apart["blocks.0.attn.v"], together["blocks.0.attn.v"]
+    agree(from_masks(timm_vit(), together), from_masks(timm_vit(), {**apart, "blocks.0.attn.v": both}))
+
+
 def test_a_model_is_left_as_it_is() -> None:
     model = timm_vit()
     before = copy.deepcopy(model.state_dict())

@@ -101,6 +101,8 @@ def test_refuses_what_does_not_fit() -> None:
     state = nvit().state_dict()
     with pytest.raises(SpecError, match="dim dictionary with EMB"):
         spec_from_nvit({"EMB": 3})
+    with pytest.raises(SpecError, match="dim dictionary with EMB"):
+        spec_from_nvit({1: 2, "a": 3})  # type: ignore[dict-item]
     with pytest.raises(SpecError, match="a dim dictionary, got NoneType"):
         spec_from_nvit(None)  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="lists of QK, V, MLP, head, one number a block, got"):
@@ -115,3 +117,11 @@ def test_refuses_what_does_not_fit() -> None:
         from_nvit(DIM, {k: v for k, v in state.items() if k != "blocks.0.attn.qkv.K.weight"}, **FIELDS)
     with pytest.raises(CheckpointError, match="expected shape"):
         from_nvit({**DIM, "MLP": [11, 29]}, state, **FIELDS)
+    for name, value in (
+        ("blocks.0.attn.qkv.Q.weight", torch.zeros(15, 7)),
+        ("patch_embed.proj.weight", torch.zeros(())),
+        ("patch_embed.proj.weight", None),
+        ("norm.weight", torch.ones(20, dtype=torch.int32)),
+    ):
+        with pytest.raises(CheckpointError, match=name):
+            from_nvit(DIM, {**state, name: value}, **FIELDS)  # type: ignore[dict-item]

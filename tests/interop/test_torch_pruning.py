@@ -84,6 +84,23 @@ def test_asks_for_the_edits_that_torch_pruning_leaves_to_its_user() -> None:
         from_torch_pruning(pruned_vit(edit=False, **CASES["head_dims_and_width"]))
 
 
+def test_refuses_a_forward_that_computes_something_else() -> None:
+    """One that keeps the dense head's scale, and one that cannot run."""
+
+    def dense_scale(self: Any, x: Tensor, **_: Any) -> Tensor:
+        self.fused_attn = False
+        self.scale = 2.0
+        return forward(self, x)
+
+    model = pruned_vit(**CASES["head_dims_and_width"])
+    model.blocks[0].attn.forward = MethodType(dense_scale, model.blocks[0].attn)
+    with pytest.raises(UnsupportedModel, match="some forward computes something else"):
+        from_torch_pruning(model)
+    del model.blocks[0].attn.forward  # timm's, which reads a width that pruning leaves alone
+    with pytest.raises(UnsupportedModel, match="expected a model that runs after pruning"):
+        from_torch_pruning(model)
+
+
 def test_refuses_what_is_no_vit() -> None:
     with pytest.raises(UnsupportedModel, match="Linear"):
         from_torch_pruning(torch.nn.Linear(2, 2))
