@@ -48,21 +48,25 @@ def export_onnx(
     """Write a checkpoint directory, a :class:`PrunedViT` or a timm ViT as one ONNX file, replacing it whole.
 
     The input is ``images`` [batch, C, H, W] in fp32, the output ``logits``; the batch is free unless ``batch`` fixes
-    it. The spec is in the file's metadata under ``prunevit.spec``. ``check`` compares the file with the runtime where
-    ONNX Runtime is installed, and nothing is written if they differ.
+    it. The spec is in the file's metadata under ``prunevit.spec``. ONNX's own checker reads it; ``check`` compares
+    it with the runtime where ONNX Runtime is installed. Nothing is written if either refuses.
 
     Raises :class:`MissingPackage` without onnx and onnxscript, :class:`UnsupportedModel`, :class:`InputError`,
     :class:`RuntimeMismatch`.
     """
     require_packages("onnx", "onnxscript")
+    from onnx.checker import check_model
     from onnx.defs import onnx_opset_version
 
     known = onnx_opset_version()
-    expect(MIN_OPSET <= opset <= known, InputError, f"an opset from {MIN_OPSET} to {known}", got=opset)
-    expect(batch is None or batch >= 1, InputError, "a batch of at least one image, or None for any", got=batch)
-    path = Path(path)
+    fits = type(opset) is int and MIN_OPSET <= opset <= known
+    expect(fits, InputError, f"an opset from {MIN_OPSET} to {known}", got=repr(opset))
+    fits = batch is None or (type(batch) is int and batch >= 1)
+    expect(fits, InputError, "a batch of at least one image, or None for any", got=repr(batch))
+    path, given = Path(os.path.realpath(path)), Path(path)  # a link stays a link
     expect(not path.is_dir(), InputError, "the path of a file to write", got=f"{path}, a directory")
     expect(path.parent.is_dir(), InputError, "a file in an existing directory", got=path)
+    expect(os.access(path.parent, os.W_OK | os.X_OK), InputError, "a directory to write in", got=path.parent)
     source = model_of(model)
     size = 4 * source.spec.params()
     expect(size <= MAX_BYTES, InputError, f"at most {MAX_BYTES} bytes of weights in one ONNX file", got=size)
@@ -70,15 +74,19 @@ def export_onnx(
     program = _exported(source, opset, batch)
     program.model.producer_name = "prunevit"
     program.model.metadata_props["prunevit.spec"] = json.dumps(source.spec.to_dict())
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        fresh = Path(folder) / "model.onnx"
-        program.save(fresh, external_data=False)
-        if check and find_spec("onnxruntime") is not None:
-            _compare(fresh, source, batch)
-        with fresh.open("rb") as file:
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    return path
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+            fresh = Path(folder) / "model.onnx"
+            program.save(fresh, external_data=False)
+            check_model(str(fresh))
+            if check and find_spec("onnxruntime") is not None:
+                _compare(fresh, source, batch)
+            with fresh.open("rb") as file:
+                os.fsync(file.fileno())
+            fresh.replace(path)
+    except OSError as error:
+        raise InputError(f"expected a file that can be written, got {error}") from error
+    return given
 
 
 def require_packages(*names: str) -> None:
@@ -95,7 +103,7 @@ def _exported(source: PrunedViT, opset: int, batch: int | None) -> Any:
         if isinstance(module, RaggedAttention):
             module.__class__ = _PlainAttention  # the same parameters, other products
     # two images: a batch of one would be taken for a constant
-    images = torch.zeros(batch or 2, spec.in_chans, *spec.img_size)
+    images = torch.zeros(batch or 2, spec.in_chans, *spec.img_size, dtype=torch.float32)
     shapes = None if batch is not None else ({0: torch.export.Dim("batch")},)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
@@ -113,6 +121,8 @@ def _exported(source: PrunedViT, opset: int, batch: int | None) -> Any:
         )
     assert program is not None
     exported: Any = program
+    written = exported.model.opset_imports[""]  # of an opset that it does not know the exporter says nothing
+    expect(written == opset, InputError, "an opset that the installed exporter writes", got=f"{opset}: lower it")
     size = exported.model.graph.inputs[0].shape[0]
     # a Python number taken from the batch anywhere in the model would make it a constant, without a word
     assert batch is not None or not isinstance(size, int), f"the exported graph has a fixed batch of {size}"
@@ -134,7 +144,8 @@ def _compare(file: Path, source: PrunedViT, batch: int | None) -> None:
     runtime = Runtime(source, device="cpu", dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     for size in (1, 3) if batch is None else (batch,):
-        images = torch.randn(size, source.spec.in_chans, *source.spec.img_size, generator=generator)
+        shape = (size, source.spec.in_chans, *source.spec.img_size)
+        images = torch.randn(shape, generator=generator, dtype=torch.float32)
         want, got = runtime(images), torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
         error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-12))
         if got.shape != want.shape or not error <= TOLERANCE:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from onnx import load
+from onnx.defs import onnx_opset_version
 from torch import Tensor
 
 from prunevit import checkpoint
@@ -102,12 +107,50 @@ def test_a_failed_export_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_an_opset_that_the_exporter_cannot_write_is_refused(check: bool, tmp_path: Path) -> None:
+    """It would leave another one, whose operators are not those of the graph."""
+    model = random_model(SPECS["one_head_13_by_12"])
+    highest = onnx_opset_version()
+    try:
+        path = export_onnx(model, tmp_path / "x.onnx", opset=highest, check=check)
+    except InputError as error:
+        assert f"got {highest}: lower it" in str(error)  # noqa: PT017  either is right, with the exporter's version
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert {(i.domain, i.version) for i in load(path).opset_import} == {("", highest)}
+
+
+def test_a_link_stays_a_link_whatever_the_default_dtype(tmp_path: Path) -> None:
+    (tmp_path / "real.onnx").write_text("old")
+    (tmp_path / "link.onnx").symlink_to(tmp_path / "real.onnx")
+    torch.set_default_dtype(torch.float64)
+    try:
+        path = export_onnx(random_model(SPECS["one_head_13_by_12"]).float(), tmp_path / "link.onnx")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert path.is_symlink()
+    assert load(tmp_path / "real.onnx").producer_name == "prunevit"
+
+
 def test_refuses_before_it_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(SPECS["uniform"])
     with pytest.raises(InputError, match="opset from 18 to"):
         export_onnx(model, tmp_path / "x.onnx", opset=11)
     with pytest.raises(InputError, match="at least one image"):
         export_onnx(model, tmp_path / "x.onnx", batch=0)
+    for fields, message in (({"batch": True}, "at least one image.* got True"), ({"opset": "20"}, "opset .* got '20'")):
+        with pytest.raises(InputError, match=message):
+            export_onnx(model, tmp_path / "x.onnx", **fields)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        with pytest.raises(InputError, match="a directory to write in"):
+            export_onnx(model, tmp_path / "x.onnx")
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx, "_exported", lambda *_: SimpleNamespace(model=SimpleNamespace(metadata_props={})))
+        patch.setattr(tempfile, "mkdtemp", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(InputError, match=r"can be written, got .*No space left"):
+            export_onnx(model, tmp_path / "x.onnx")
     with pytest.raises(InputError, match="existing directory"):
         export_onnx(model, tmp_path / "nowhere" / "x.onnx")
     with pytest.raises(InputError, match="a directory"):
