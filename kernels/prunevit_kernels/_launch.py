@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Generic
@@ -38,8 +39,8 @@ class Call:
         """Compile the kernel, specialised as the arguments ask, for the active driver's GPU. Nothing runs."""
         return self.kernel.warmup(*self.args, grid=self.blocks, **self.constants, **self._options())
 
-    def load(self) -> Launch:
-        """The call, compiled and on the GPU: launching it does neither."""
+    def load(self) -> partial[None]:
+        """The call, compiled and on the GPU: launching it does neither. Its first arguments are the call's."""
         if triton.knobs.runtime.interpret:
             return partial(self.kernel[self.blocks], *self.args, **self.constants)
         compiled = self.compile()
@@ -62,16 +63,21 @@ class TritonOp(Generic[AnyOp]):
         self.op, self.target = op.to(SHAPES), target
 
     def bind(self, *buffers: Tensor) -> Launch:
+        return self.launch(self.load(*buffers))
+
+    def load(self, *buffers: Tensor) -> list[partial[None]]:
+        """Every call on these buffers, which are checked."""
         self.op.check(self.target, *buffers)
         device = self.target.device
-        if device.type != "cuda":  # the interpreter
-            return in_order([call.load() for call in self.calls(*buffers)])
-        with torch.cuda.device(device):
-            launches = [call.load() for call in self.calls(*buffers)]
-        return partial(_on_device, device, launches)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # the interpreter
+            return [call.load() for call in self.calls(*buffers)]
+
+    def launch(self, loaded: Sequence[Launch]) -> Launch:
+        device = self.target.device
+        return partial(_on_device, device, loaded) if device.type == "cuda" else in_order(loaded)
 
 
-def _on_device(device: torch.device, launches: list[Launch]) -> None:
+def _on_device(device: torch.device, launches: Sequence[Launch]) -> None:
     with torch.cuda.device(device):  # Triton launches on the current device's current stream
         for launch in launches:
             launch()

@@ -22,7 +22,7 @@ from prunevit_kernels.op import SHAPES
 from .arena import Arena, Need
 from .graphs import Direct, Recorder
 from .plan import Plan
-from .walk import View
+from .walk import COPIED_BYTES, View
 
 ShapeKey = tuple[int, int, int]  # batch, image height, image width
 
@@ -53,7 +53,8 @@ class Program:
     """A packed plan bound to buffers of one input shape. Not safe for two callers at once: the engine holds a lock.
 
     Images are read where the caller has them, by a first step that is bound anew at each call; everything else is
-    fixed. With ``recorded``, images are copied into a buffer of the program's own, so that the first step is fixed too.
+    fixed. With ``recorded``, few images are copied into a buffer of the program's own, so that the first step is fixed
+    too; as are many, unless the first step can be bound anew cheaply.
     """
 
     def __init__(
@@ -68,12 +69,15 @@ class Program:
         self.packed, self.target, self.batch = packed, target, image_shape[0]
         steps = packed.plan.steps
         needs = _needs((view for step in steps for view in step.views), target, self.batch)
-        if recorded:
-            needs["images"] = Need(math.prod(image_shape), target.dtype)
+        pixels = math.prod(image_shape)
+        many = pixels * target.dtype.itemsize > COPIED_BYTES
+        copied = recorded and not (many and isinstance(packed.ops[0], Rebindable))
+        if copied:
+            needs["images"] = Need(pixels, target.dtype)
         self.storage = (arena or Arena(target.device)).take(needs)
-        self.images = self.storage["images"].view(image_shape) if recorded else None
+        self.images = self.storage["images"].view(image_shape) if copied else None
         self.out = self.view(packed.plan.output)
-        fixed = list(zip(steps, packed.ops))[0 if recorded else 1 :]
+        fixed = list(zip(steps, packed.ops))[0 if copied else 1 :]
         self.launches = [op.bind(*(self.view(view) for view in step.views)) for step, op in fixed]
         self.run = fuse(self.launches, target)
         self.calls = 0
@@ -99,6 +103,13 @@ class Program:
             op, x = self.packed.ops[0], self.view(self.packed.plan.steps[0].views[1])
             self._first = op.rebindable(images, x) if isinstance(op, Rebindable) else lambda images: op.bind(images, x)
         return self._first(images)
+
+    def take(self, images: Tensor) -> None:
+        """Have the images where ``run`` begins."""
+        if self.images is None:
+            self.first(images)()
+        else:
+            self.images.copy_(images)
 
     def every_launch(self, images: Tensor) -> list[Launch]:
         """One launch a step, on these images."""
@@ -176,12 +187,10 @@ class Engine:
 
     def run(self, program: Program, images: Tensor) -> Tensor:
         """One call, within a turn."""
-        if program.images is None:
-            program.first(images)()
-        else:
-            program.images.copy_(images)
-            if program.replay is None and program.calls:
-                program.replay = self.recorder.record(program.run)
+        program.take(images)
+        if self.recorder.records and program.replay is None and program.calls:
+            program.replay = self.recorder.record(program.run)
+            program.take(images)  # recording may have run the steps, which change what they are given
         (program.replay or program.run)()
         program.calls += 1
         return program.out.clone()

@@ -13,7 +13,7 @@ import torch
 from prunevit_kernels import HeadTable, Target
 
 from ..spec import BlockSpec, TokenSelect, ViTSpec
-from .walk import View, Walk, pooling
+from .walk import COPIED_BYTES, View, Walk, pooling
 
 Fixed = tuple[str | int | bool, ...]
 
@@ -49,13 +49,14 @@ def memory_bytes(spec: ViTSpec, target: Target, batch: int) -> int:
 
     A buffer is as large as its largest view, rows with the target's pitch. Panels that a kernel pads, the images of a
     caller, and the copy of the weights on the CPU that a runtime packs from are not counted; on a GPU, where a recorded
-    program has images of its own, those are.
+    program copies few images, those are.
     """
     sizes: dict[str, int] = {}
     for view in (view for step in sizes_of(spec, target) for view in step.views):
         if view.buffer == "images":
             pixels = spec.in_chans * spec.img_size[0] * spec.img_size[1]
-            sizes["images"] = target.dtype.itemsize * batch * pixels if target.device.type == "cuda" else 0
+            size = target.dtype.itemsize * batch * pixels
+            sizes["images"] = size if target.device.type == "cuda" and size <= COPIED_BYTES else 0
             continue
         itemsize = torch.float32.itemsize if view.buffer.startswith("scores") else target.dtype.itemsize
         pitch = view.width if view.buffer == "out" else target.pitch(view.width)

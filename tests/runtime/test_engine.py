@@ -18,7 +18,7 @@ from prunevit.errors import InputError
 from prunevit.runtime import Runtime, engine
 from prunevit.runtime.arena import Arena, Need
 from prunevit.runtime.latent_pool import LatentPool
-from prunevit_kernels import Launch
+from prunevit_kernels import BackendName, Launch
 from prunevit_kernels.cpu import NativeOp
 from tests.specs import SPECS, block, random_images, random_model, vit
 
@@ -45,6 +45,7 @@ class Recordings:
     def record(self, run: Launch) -> Launch:
         assert self.inside
         self.recorded += 1
+        run()  # as CUDA's recorder does
 
         def replay() -> None:
             self.replayed += 1
@@ -56,8 +57,8 @@ class Recordings:
         self.settled += 1
 
 
-def recorded(name: str = "evit", max_programs: int = 8) -> tuple[Runtime, Recordings]:
-    runtime = Runtime(random_model(SPECS[name]), device="cpu", backend="torch", max_programs=max_programs)
+def recorded(name: str = "evit", max_programs: int = 8, backend: BackendName = "torch") -> tuple[Runtime, Recordings]:
+    runtime = Runtime(random_model(SPECS[name]), device="cpu", backend=backend, max_programs=max_programs)
     recordings = Recordings()
     runtime._engine.recorder = recordings
     return runtime, recordings
@@ -73,6 +74,19 @@ def test_step_by_step_recorded_and_replayed_agree(name: str) -> None:
     several = [random_images(SPECS[name], seed=seed) for seed in range(4)]
     for images in several:
         assert torch.equal(runtime(images), want(name, images))
+    assert (recordings.recorded, recordings.replayed) == (1, 3)
+
+
+@pytest.mark.parametrize("most", [0, 1 << 30])
+def test_many_images_are_read_where_they_are(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("prunevit_kernels._cpu")
+    monkeypatch.setattr(engine, "COPIED_BYTES", most)
+    runtime, recordings = recorded(backend="cpu")
+    for seed in range(4):
+        images = random_images(SPECS["evit"], seed=seed)
+        assert torch.allclose(runtime(images), want("evit", images), atol=1e-4)
+    (program,) = runtime._engine.programs.values()
+    assert (program.images is None) == (most == 0)
     assert (recordings.recorded, recordings.replayed) == (1, 3)
 
 

@@ -82,6 +82,21 @@ def test_a_graph_computes_what_its_steps_compute(name: str) -> None:
         assert torch.equal(graphs(images), steps(images))
 
 
+@pytest.mark.parametrize("name", ["uniform", "embed_norm", "image_with_a_remainder"])
+def test_many_images_are_read_where_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a first step outside of the graph; those that do not start on 16 bytes are copied."""
+    few = Runtime(random_model(SPECS[name])).warmup(3)
+    monkeypatch.setattr("prunevit.runtime.engine.COPIED_BYTES", 0)
+    many = Runtime(random_model(SPECS[name])).warmup(3)
+    for seed in range(4):
+        images = images_of(name, seed=seed).bfloat16()
+        shifted = torch.empty(images.numel() + 1, dtype=images.dtype, device=images.device)[1:].view(images.shape)
+        shifted.copy_(images)
+        want = few(images)
+        assert torch.equal(many(images), want)
+        assert torch.equal(many(shifted), want)
+
+
 def test_nothing_is_left_of_a_call_with_nan() -> None:
     for name in SPECS:
         runtime, images = Runtime(random_model(SPECS[name])), images_of(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prunevit import shapes
 from prunevit.runtime import Runtime
 from prunevit.runtime.sizes import memory_bytes, sizes_of
 from prunevit_kernels import FusedMlp, LinearResidual, NormLinear, RaggedAttention, Target, TokenScores
@@ -59,6 +60,15 @@ def test_memory_is_that_of_the_engine_and_the_parameters(name: str, batch: int) 
     (program,) = runtime._engine.programs.values()
     held = sum(memory.nbytes for memory in program.storage.values())
     assert memory_bytes(spec, runtime.target, batch) == held + 4 * spec.params()
+
+
+def test_a_gpu_has_copies_of_few_images_only() -> None:
+    gpu, spec = Target("cuda", torch.device("cuda"), torch.float16), shapes.get("snp_deit_tiny")
+
+    def growth(few: int, many: int) -> float:
+        return (memory_bytes(spec, gpu, many) - memory_bytes(spec, gpu, few)) / (many - few)
+
+    assert growth(16, 32) == growth(64, 128) + 2 * 3 * 224 * 224
 
 
 def test_a_gpu_aligns_what_the_heads_leave() -> None:

@@ -6,6 +6,9 @@ is one run of columns: 16-byte copies where patch and image widths are multiples
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +19,7 @@ from .._launch import Call, TritonOp, expect_rows
 from .._linear import BLOCK_K, store_columns
 from .._overlap import await_launches
 from .._rows import layer_norm, packed_affine, rows_tile
-from ..target import Target
+from ..target import Launch, Target
 from ..units import round_up
 from . import PatchEmbed
 
@@ -104,6 +107,10 @@ def norm_tokens_kernel(
     store_columns(x_rows, 0, E, present, values, BLOCK_N)
 
 
+def aligned(images: Tensor) -> Tensor:
+    return images if images.data_ptr() % 16 == 0 else images.clone()
+
+
 class Packed(TritonOp[PatchEmbed]):
     def __init__(self, op: PatchEmbed, target: Target) -> None:
         super().__init__(op, target)
@@ -122,6 +129,16 @@ class Packed(TritonOp[PatchEmbed]):
         self.added = (added + bias.to(device, torch.float32)).contiguous()
         self.prefix = op.prefix.detach().to(device, torch.float32).contiguous()
         self.norms = packed_affine(op.embed_norm, device), packed_affine(op.pre_norm, device)
+
+    def rebindable(self, first: Tensor, *rest: Tensor) -> Callable[[Tensor], Launch]:
+        """Launches on any images like ``first``. What is compiled reads 16 bytes at a time: others are copied."""
+        embed, *norms = self.load(aligned(first), *rest)
+        launch, fixed = partial(embed.func, **embed.keywords), embed.args[1:]  # the first images may go
+
+        def launch_on(images: Tensor) -> Launch:
+            return self.launch([partial(launch, aligned(images), *fixed), *norms])
+
+        return launch_on
 
     def calls(self, images: Tensor, x: Tensor) -> list[Call]:
         expect_rows("x", x)
