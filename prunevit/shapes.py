@@ -11,6 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from .errors import SpecError
 from .spec import ViTSpec
 
 
@@ -28,7 +29,7 @@ def names(*, dense: bool = False) -> list[str]:
 def entry(name: str) -> dict[str, Any]:
     """The published facts: source, widths, and ``gmac`` where one was published."""
     if name not in _entries():
-        raise KeyError(f"no shape {name!r}; there are {', '.join(_entries())}")
+        raise SpecError(f"no shape {name!r}; there are {', '.join(_entries())}")
     return dict(_entries()[name])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from pydantic import ValidationError
 
 from prunevit import shapes
 from prunevit.errors import SpecError
+from prunevit.nn import RaggedAttention
 from prunevit.schema import schema
-from prunevit.spec import FORMAT_VERSION, MAX_HEAD_DIM, MAX_PARAMS, BlockSpec, ViTSpec
+from prunevit.spec import FORMAT_VERSION, MAX_HEAD_DIM, MAX_PARAMS, AttnPoolSpec, BlockSpec, TokenSelect, ViTSpec
 from prunevit_kernels import MAX_HEAD_DIM as WIDEST_THAT_RUNS
 from tests.specs import SPECS
 
@@ -194,6 +196,22 @@ def test_named_shapes_round_trip(name: str) -> None:
         assert spec.macs() < 1.1 * shapes.get(shapes.dense_of(name)).macs()
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ViTSpec(embed_dim=-1, blocks=()), "invalid spec: embed_dim: .*got -1"),
+        (lambda: BlockSpec(qk_dims=(8,), v_dims=(), attn_scale=1.0, mlp_dim=4), "v_dims: expected one width"),
+        (lambda: TokenSelect(before="x", rule="max_attention", keep=3), "before: .*got 'x'"),  # type: ignore[arg-type]
+        (lambda: AttnPoolSpec(num_heads=0, mlp_dim=1), "num_heads: .*got 0"),
+        (lambda: RaggedAttention(32, (200,), (8,)), r"qk_dims\.0: .*got 200"),
+        (lambda: shapes.get("nope"), "no shape 'nope'; there are .*snp_deit_tiny"),
+    ],
+)
+def test_what_python_asks_for_is_refused_by_name(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        make()
+
+
 def test_frozen() -> None:
     spec = SPECS["uniform"]
     with pytest.raises(ValidationError):
@@ -248,7 +266,7 @@ def test_a_shape_has_one_width_or_a_list_a_head() -> None:
     spec = ViTSpec.from_shape(entry, num_classes=3)
     assert [(b.qk_dims, b.v_dims, b.mlp_dim) for b in spec.blocks] == [((3, 3), (1, 2), 6), ((5,), (4,), 0)]
     assert {b.attn_scale for b in spec.blocks} == {0.5}
-    with pytest.raises(ValidationError, match="one width for each of 2 heads"):
+    with pytest.raises(SpecError, match="one width for each of 2 heads"):
         ViTSpec.from_shape(entry | {"v": [[1, 2, 3], 4]})
 
 

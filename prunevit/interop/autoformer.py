@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import ValidationError
 from torch import Tensor
 
 from ..errors import CheckpointError, SpecError, UnsupportedModel, expect
@@ -56,7 +55,7 @@ def spec_from_autoformer(config: Config, **fields: Any) -> ViTSpec:
         )
         given = {"embed_dim": width, "blocks": blocks, "norm_eps": 1e-5, "global_pool": "avg", **fields}
         return ViTSpec(**given)
-    except (ValidationError, TypeError, OverflowError) as error:
+    except (SpecError, TypeError, OverflowError) as error:
         raise SpecError(f"RETRAIN: {error}") from None
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from ..errors import CheckpointError, SpecError, UnsupportedModel, expect
@@ -42,7 +41,7 @@ def spec_from_nvit(dim: Mapping[str, Any], **fields: Any) -> ViTSpec:
             for qk, v, mlp, head in zip(*columns)
         )
         return ViTSpec(**{"embed_dim": dim["EMB"], "blocks": blocks, "distilled": True, **fields})
-    except ValidationError as error:
+    except SpecError as error:
         raise SpecError(f"dim: {error}") from None
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pydantic import ValidationError
 from timm.layers import AttentionPoolLatent, LayerScale, PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 
-from ..errors import CheckpointError, UnsupportedModel
+from ..errors import CheckpointError, SpecError, UnsupportedModel
 from ..spec import MAX_HEAD_DIM, AttnPoolSpec, BlockSpec, ViTSpec
 from .as_built import changed_refusal
 from .block import act_of
@@ -122,7 +121,7 @@ def spec_of(model: nn.Module) -> ViTSpec:
         spec = ViTSpec(**fields)
         # whatever else was changed in the model shows in its tensors: another head, an adapter, pruned weights
         check_shapes(spec, shapes_of(model), "state_dict")
-    except (ValidationError, CheckpointError) as error:
+    except (SpecError, CheckpointError) as error:
         raise UnsupportedModel(f"{type(model).__name__}: {error}") from None
     return spec
 

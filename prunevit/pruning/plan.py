@@ -28,6 +28,9 @@ class BlockPlan(Frozen):
     are kept at all, and ``select`` adds a token reduction; None leaves whatever the dense block has.
     """
 
+    kind = "part of a plan"
+    error = PruningError
+
     heads: Annotated[Indices, Field(max_length=256)]
     qk: Annotated[tuple[Indices, ...], Field(max_length=256)]
     v: Annotated[tuple[Indices, ...], Field(max_length=256)]
