@@ -162,6 +162,9 @@ class ViTSpec(Document):
         for axis, image, patch in zip(("height", "width"), self.img_size, self.patch_size):
             if patch > image:
                 raise ValueError(f"patch_size: expected a patch within the image's {axis} {image}, got {patch}")
+            if self.dynamic_img_size and not self.dynamic_img_pad and image % patch:
+                what = f"expected a {axis} of whole patches of {patch} where sizes are dynamic and not padded"
+                raise ValueError(f"img_size: {what}, got {image}")
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool: token pooling needs a class token, got class_token false")
         if self.distilled and not (self.class_token and self.global_pool == "token" and self.reg_tokens == 0):

@@ -136,6 +136,11 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         {"class_token": False, "global_pool": "avg"},
         r"blocks\.1\.select\.rule: class_attention needs a class token",
     ),
+    "dynamic_image_of_broken_patches": (
+        "",
+        {"dynamic_img_size": True, "img_size": [8, 9]},
+        "img_size: expected a width of whole patches of 4 .*, got 9",
+    ),
     "select_in_a_dynamic_image": ("dynamic_img_size", True, r"blocks\.1\.select: a static token count needs"),
 }
 

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, GELUTanh, LayerNorm, LayerScale, Mlp, QuickGELU, trunc_normal_
+from timm.layers import GELU, DropPath, GELUTanh, LayerNorm, LayerScale, Mlp, QuickGELU, trunc_normal_
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
@@ -27,7 +27,7 @@ def act_of(module: nn.Module, where: str = "the activation") -> Act:
     """The name of an activation module. Raises :class:`UnsupportedModel`."""
     if isinstance(module, nn.GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    names: dict[type[nn.Module], Act] = {GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu", nn.ReLU: "relu"}
+    names: dict[type[nn.Module], Act] = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu", nn.ReLU: "relu"}
     for kind, name in names.items():
         if isinstance(module, kind):
             return name

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from timm.layers import DropPath, GELUTanh, LayerNorm, LayerScale, Mlp, PatchDropout, PatchEmbed, QuickGELU
+from timm.layers import GELU, DropPath, GELUTanh, LayerNorm, LayerScale, Mlp, PatchDropout, PatchEmbed, QuickGELU
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -29,7 +29,7 @@ DROPOUT = (nn.Dropout, nn.Identity)
 PATH = (DropPath, nn.Identity)
 NORM = (nn.LayerNorm, LayerNorm)
 SCALE = (LayerScale, nn.Identity)
-ACTS = (nn.GELU, GELUTanh, QuickGELU, nn.ReLU)
+ACTS = (nn.GELU, GELU, GELUTanh, QuickGELU, nn.ReLU)
 MLP = (Mlp,)
 VITS = (VisionTransformer, VisionTransformerDistilled)
 

@@ -41,8 +41,8 @@ class Journal:
         if self.path.exists():
             header, self.probes = read_journal(self.path)
             expect(header == search, CheckpointError, f"{self.path} to be of this search, {dict(search)}", got=header)
-            # a line that a crash cut short is not repeated after
-            self.path.write_text("".join(_line(x) for x in (header, *map(asdict, self.probes))), "utf-8")
+            # a line that a crash cut short goes; nothing that was paid for is written again
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(_line(search), "utf-8")

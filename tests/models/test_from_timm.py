@@ -102,6 +102,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "attention_pool_with_prefix": {"global_pool": "map", "pool_include_prefix": True},
     "no_classes": {"num_classes": 0},
     "embed_norm": {"embed_norm_layer": "layernorm"},
+    "gelu_by_name": {"act_layer": "gelu"},
     "quick_gelu": {"act_layer": "quick_gelu"},
     "gelu_tanh": {"act_layer": "gelu_tanh"},
     "relu": {"act_layer": "relu"},

@@ -70,6 +70,7 @@ def test_an_interrupted_search_continues_without_repeating(tmp_path: Path, monke
         return original(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(auto, "accuracy", counting)
+    monkeypatch.setattr(Path, "write_text", lambda *_: pytest.fail("what was paid for is written again"))
     again = prune(MODEL, "auto", {"macs": "75%"}, journal=tmp_path / "broken", **OPTIONS)
     assert again.plan == whole.plan
     assert (tmp_path / "broken").read_text() == (tmp_path / "whole").read_text()
