@@ -11,7 +11,6 @@ after a change, ``compiled`` is the contents model in torch.compile, and ``runti
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -96,7 +95,7 @@ def main(
 
 def show(title: str, peers: list[Peer]) -> None:
     """Each one's median milliseconds, and how many times faster than the first it is."""
-    cells = [f"{p.name} {statistics.median(p.times):.1f} ms ({speedup(p, peers[0]):.2f}×)" for p in peers]
+    cells = [f"{p.name} {p.quantile(0.5):.1f} ms ({speedup(p, peers[0]):.2f}×)" for p in peers]
     print(f"{title}: {', '.join(cells)}", flush=True)
 
 

@@ -19,7 +19,7 @@ from prunevit_kernels.target import cpu_extension_built
 from ..errors import InputError, expect
 from ..interop.onnx import export_onnx
 from ..models.registry import WEIGHTS
-from .interleaved import Peer, best_of, run_interleaved, speedup
+from .interleaved import Peer, best_of, run_interleaved, speedup, speedups
 from .peers import MODEL_PEERS, build_model, missing, spec_of
 
 Job = dict[str, Any]
@@ -72,7 +72,9 @@ class Comparison:
                 "prunevit_over_it": speedup(self.ours, peer),
             }
             if peer is self.ours:
-                row |= {"best_peer": best.name, "fma_peak_gflops": self.peak_gflops()}
+                among = speedups(self.ours, best)
+                row |= {"best_peer": best.name, "ratio_lowest": min(among), "ratio_highest": max(among)}
+                row |= {"fma_peak_gflops": self.peak_gflops()}
                 if best_dense is not None:
                     row |= {
                         "best_dense_peer": best_dense.name,

@@ -115,13 +115,9 @@ class Peer:
         """The same with the ``i``-th time of each turn alone, where a turn times several works."""
         return Peer(self.name, self.job, samples=[[sample[i]] for sample in self.samples])
 
-    @property
-    def times(self) -> list[float]:
-        """All samples, sorted."""
-        return sorted(ms for samples in self.samples for ms in samples)
-
     def quantile(self, q: float) -> float:
-        return self.times[min(int(q * len(self.times)), len(self.times) - 1)]
+        """The median over rounds of each round's quantile: a fast round, which has more calls, counts no more."""
+        return statistics.median(sorted(ms)[min(int(q * len(ms)), len(ms) - 1)] for ms in self.samples)
 
 
 def _last_words(said: str) -> str:
@@ -198,10 +194,14 @@ def run_interleaved(
     return failed
 
 
+def speedups(ours: Peer, other: Peer) -> list[float]:
+    """How many times faster ``ours`` is, round by round: the ratio of the round's medians."""
+    return [statistics.median(b) / statistics.median(a) for a, b in zip(ours.samples, other.samples, strict=True)]
+
+
 def speedup(ours: Peer, other: Peer) -> float:
-    """How many times faster ``ours`` is: the median over rounds of the ratio of that round's medians."""
-    ratios = [statistics.median(b) / statistics.median(a) for a, b in zip(ours.samples, other.samples, strict=True)]
-    return statistics.median(ratios)
+    """The median of :func:`speedups`."""
+    return statistics.median(speedups(ours, other))
 
 
 def best_of(others: Iterable[Peer], ours: Peer) -> Peer | None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from ..benchmark import Comparison
 
+DISAGREE = 1.5  # times: rounds further apart were not of one machine
+
 Batch = Annotated[str, typer.Option(help="Batch sizes, comma-separated.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="For everyone; all cores by default.", show_default=False)]
 Rounds = Annotated[int, typer.Option(min=1, help="Turns that everyone has; ratios are medians over them.")]
@@ -92,7 +94,11 @@ def _table(checkpoint: Path, comparison: Comparison) -> Any:
         made.add_row(
             name, f"{row['ms_p50']:.2f}", f"{row['img_per_s']:.0f}", share, faster, style="bold" * (row is ours)
         )
-    lines = [f"over the best peer, {ours['best_peer']}: {ours['ratio_to_best_peer']:.2f} ×, the median over rounds"]
+    low, high = ours["ratio_lowest"], ours["ratio_highest"]
+    among = f"the median over rounds ({low:.2f} to {high:.2f})"
+    lines = [f"over the best peer, {ours['best_peer']}: {ours['ratio_to_best_peer']:.2f} ×, {among}"]
+    if high > DISAGREE * low:
+        lines.append("the rounds disagree: the machine was busy. Measure again when idle, or with more --rounds")
     if "pruned_over_dense" in ours:
         lines.append(
             f"over the dense original in {ours['best_dense_peer']}: {ours['pruned_over_dense']:.2f} ×, "

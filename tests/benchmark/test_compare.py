@@ -36,6 +36,7 @@ def test_times_a_checkpoint_against_its_dense_original(job: dict[str, str]) -> N
     assert ours["ms_p20"] <= ours["ms_p50"] <= ours["ms_p80"]
     assert ours["prunevit_over_it"] == 1
     assert eager["prunevit_over_it"] == ours["ratio_to_best_peer"]
+    assert ours["ratio_lowest"] <= ours["ratio_to_best_peer"] <= ours["ratio_highest"]
     assert "round 2 of 2" in seen
 
 
@@ -47,6 +48,11 @@ def test_the_best_peer_is_found_within_rounds() -> None:
     assert lucky.quantile(0.5) < steady.quantile(0.5)
     assert best_of([lucky, steady], ours) is steady
     assert best_of([], ours) is None
+
+
+def test_a_round_with_more_calls_counts_no_more() -> None:
+    peer = Peer("prunevit", {}, samples=[[1.0] * 50, [4.0, 4.0], [5.0, 6.0, 7.0]])
+    assert peer.quantile(0.5) == 4.0
 
 
 def test_every_peer_gets_the_same_weights(job: dict[str, str]) -> None:
