@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from .._atomic import expect_replaceable
+from ..errors import PruningError, expect
 from ._models import expect_there
 from ._options import BatchSize, Data, Device, Model, Out, Pretrained, Seed, Workers, pairs
 from ._output import Json, count, percent, reporting, table
@@ -81,6 +82,8 @@ def command(
         student.pretrained_cfg = {**student.pretrained_cfg, "label_names": list(source.label_names)}
         student.to(where)
         dense = None if teacher is None else open_model(teacher, or_random=False).to(where)
+        if dense is not None:
+            _expect_same_images(dense, config)
         train = source.loader("train", config, batch_size=batch_size, augment=True, seed=seed, workers=workers)
         held_out = source.loader("validation", config, batch_size=batch_size, workers=workers)
         before = accuracy(student.eval(), held_out, where)
@@ -112,3 +115,18 @@ def command(
         title = f"{model}, {count(len(history), 'epoch')} on {data}"
         output.done(result, table(("", "before", "after"), rows, title=title))
         output.say(f"wrote {written}")
+
+
+def _expect_same_images(teacher: Any, config: dict[str, Any]) -> None:
+    """Both are shown the same tensors: of a size that the teacher takes, normalised as it is used to."""
+    from ..data import data_config
+
+    cfg = teacher.pretrained_cfg
+    takes = tuple(cfg["input_size"]) if cfg.get("input_size") else config["input_size"]
+    own, size = data_config(cfg, takes), config["input_size"]
+    fits = takes == size or (takes[0] == size[0] and not cfg.get("fixed_input_size"))
+    what = "a teacher that takes the model's images, of"
+    expect(fits, PruningError, f"{what} {' × '.join(map(str, size))}", got=" × ".join(map(str, takes)))
+    for name in ("mean", "std"):
+        wanted, found = (tuple(of[name]) for of in (config, own))
+        expect(found == wanted, PruningError, f"{what} {name} {wanted}", got=found)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 from prunevit import api, shapes
 from prunevit.cli import app
 from prunevit.data import DIGITS_CFG, data_config, load_data
+from prunevit.models import PrunedViT
 from prunevit.plots import QK, V, plot_shape
 from prunevit.pruning import Plan
 from tests.specs import SPECS
@@ -240,6 +242,27 @@ def test_finetune_gives_a_timm_model_classes_of_ones_own(call: Call, tmp_path: P
     model = api.load(tmp_path / "two")
     assert (model.spec.num_classes, model.pretrained_cfg["label_names"]) == (2, ["bright", "dark"])
     assert model.provenance["base_model"].startswith("test_vit")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"img_size": (16, 16)}, "model's images, of 1 × 8 × 8, got 1 × 16 × 16"),
+        ({"in_chans": 3}, "model's images, of 1 × 8 × 8, got 3 × 8 × 8"),
+        ({"mean": [0.1]}, r"of mean .* got \(0.1,\)"),
+    ],
+    ids=["size", "channels", "statistics"],
+)
+def test_a_teacher_of_other_images_is_refused(
+    call: Call, checkpoint: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    like = api.load(checkpoint)
+    mean = change.pop("mean", None)
+    teacher = PrunedViT(like.spec.replace(**change))
+    teacher.pretrained_cfg = {} if "in_chans" in change else {**like.pretrained_cfg, **({"mean": mean} if mean else {})}
+    api.save(teacher, tmp_path / "teacher", check=False)
+    options = ("--data", "digits", "--teacher", tmp_path / "teacher", "--out", tmp_path / "out")
+    refused(call("finetune", checkpoint, *options), message)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
