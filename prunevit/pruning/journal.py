@@ -40,7 +40,10 @@ class Journal:
             return
         if self.path.exists():
             header, self.probes = read_journal(self.path)
-            expect(header == search, CheckpointError, f"{self.path} to be of this search, {dict(search)}", got=header)
+            for name in search:
+                given, found = search[name], header.get(name)
+                what = f"{self.path} to be of this search, its {name} {given} (or name another file)"
+                expect(found == given, CheckpointError, what, got=found)
             # a line that a crash cut short goes; nothing that was paid for is written again
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         else:
@@ -71,7 +74,7 @@ def read_journal(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Pro
         probes = [Probe(**json.loads(line)) for line in complete[1:]]
     except (IndexError, ValueError, TypeError):
         raise CheckpointError(
-            f"{path}: expected the journal of a search, got another file; delete it to start"
+            f"{path}: expected the journal of a search, or a name that no file has yet, got another file"
         ) from None
     return header, probes
 

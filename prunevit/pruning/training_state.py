@@ -56,7 +56,7 @@ def read_facts(path: Path) -> dict[str, Any]:
             facts: dict[str, Any] = json.loads((file.metadata() or {})["run"])
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(
-            f"{path}: expected the state of a training run, got {error}; delete it to start"
+            f"{path}: expected the state of a training run, or a name that no file has yet, got {error}"
         ) from None
     return facts
 
