@@ -32,7 +32,7 @@ def test_times_a_checkpoint_against_its_dense_original(job: dict[str, str]) -> N
         SPECS["uniform"].macs() / SPECS["every_head_its_own_width"].macs(), abs=1e-4
     )
     assert (eager["dense"], original["dense"]) == (False, True)
-    assert ours["img_per_s"] == pytest.approx(2e3 / ours["ms_p50"], rel=1e-3)
+    assert ours["img_per_s"] == pytest.approx(2e3 / ours["ms_p50"], rel=1e-2)  # of a time with four decimals
     assert ours["ms_p20"] <= ours["ms_p50"] <= ours["ms_p80"]
     assert ours["prunevit_over_it"] == 1
     assert eager["prunevit_over_it"] == ours["ratio_to_best_peer"]

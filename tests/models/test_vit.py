@@ -123,9 +123,11 @@ def small_specs(draw: st.DrawFn) -> ViTSpec:
     class_token = draw(flag)
     distilled = class_token and draw(flag)
     pools = ["", "avg", "avgmax", "max", *(["token"] if class_token else [])]
+    img_size, patch_size = ((draw(sides), draw(sides)) for sides in (st.integers(4, 9), st.integers(2, 4)))
+    whole = all(image % patch == 0 for image, patch in zip(img_size, patch_size))
     return ViTSpec(
-        img_size=(draw(st.integers(4, 9)), draw(st.integers(4, 9))),
-        patch_size=(draw(st.integers(2, 4)), draw(st.integers(2, 4))),
+        img_size=img_size,
+        patch_size=patch_size,
         in_chans=draw(st.integers(1, 3)),
         num_classes=draw(st.integers(0, 4)),
         embed_dim=width,
@@ -134,7 +136,7 @@ def small_specs(draw: st.DrawFn) -> ViTSpec:
         distilled=distilled,
         reg_tokens=0 if distilled else draw(st.integers(0, 2)),
         no_embed_class=draw(flag),
-        dynamic_img_size=draw(flag),
+        dynamic_img_size=whole and draw(flag),
         act=draw(st.sampled_from(["gelu", "gelu_tanh", "quick_gelu", "relu"])),
         norm_eps=draw(st.sampled_from([1e-6, 1e-5])),
         **{
