@@ -28,13 +28,6 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
-def cores() -> int:
-    """How many this process may use."""
-    from prunevit_kernels.target import available_cores
-
-    return available_cores()
-
-
 def installed(package: str) -> str | None:
     """A package's version, or None."""
     try:

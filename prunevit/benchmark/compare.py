@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from prunevit_kernels.target import cpu_extension_built
+from prunevit_kernels.target import available_cores, cpu_extension_built
 
 from ..errors import InputError, expect
 from ..interop.onnx import export_onnx
@@ -99,7 +99,7 @@ def compare(
     dense: Job | None = None,
     *,
     batch: int = 1,
-    threads: int,
+    threads: int | None = None,
     rounds: int = 9,
     seconds: float = 0.4,
     peers: Sequence[str] | None = None,
@@ -107,9 +107,11 @@ def compare(
 ) -> Comparison:
     """Time a model, named as a job of ``peers.py`` names it, and its dense original where there is one.
 
-    ``peers``: some of :data:`MODEL_PEERS`; all that are installed by default. Raises :class:`InputError` for a peer
-    that is unknown or not installed, :class:`PeerFailed` for one that ends early.
+    ``threads``: as many as there are cores by default. ``peers``: some of :data:`MODEL_PEERS`; all that are installed
+    by default. Raises :class:`InputError` for a peer that is unknown or not installed, :class:`PeerFailed` for one that
+    ends early.
     """
+    threads = threads or available_cores()
     expect(batch >= 1, InputError, "a batch of at least one image", got=batch)
     expect(rounds >= 1, InputError, "at least one round", got=rounds)
     names = [name for name in MODEL_PEERS if missing(name) is None] if peers is None else list(peers)

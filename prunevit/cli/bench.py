@@ -44,7 +44,7 @@ def command(
     with reporting(as_json) as output:
         expect_there(checkpoint)
         from ..benchmark import MODEL_PEERS, compare, missing
-        from ..machine import cores, machine
+        from ..machine import machine
 
         original = _dense_job(checkpoint) if dense else None
         if peers is None:
@@ -58,7 +58,7 @@ def command(
                     {"checkpoint": str(checkpoint)},
                     original,
                     batch=size,
-                    threads=threads or cores(),
+                    threads=threads,
                     rounds=rounds,
                     seconds=seconds,
                     peers=words(peers),

@@ -12,10 +12,9 @@ import torch
 
 from prunevit_kernels import BACKENDS, BackendName, ContractError, MissingExtension, Target
 from prunevit_kernels.cpu import extension
-from prunevit_kernels.target import BUILD_COMMAND, HALF, cpu_extension_built
+from prunevit_kernels.target import BUILD_COMMAND, HALF, available_cores, cpu_extension_built
 
 from ..errors import CheckpointError, InputError, UntunedMachine, expect
-from ..machine import cores
 
 logger = logging.getLogger("prunevit")
 
@@ -52,7 +51,7 @@ def choose_target(
     except MissingExtension:
         raise InputError(f"expected the C++ kernels for backend cpu, got none built: build them with {BUILD}") from None
     try:
-        target = Target(chosen, device, dtype, cores() if threads is None else threads)
+        target = Target(chosen, device, dtype, available_cores() if threads is None else threads)
         if native is not None:
             native.isa()  # one that this machine has not, and a pool that is too large, are said here by name
             _ = target.pool

@@ -22,10 +22,10 @@ from prunevit_kernels import Launch, PackedOp, Target
 from prunevit_kernels._aot import Build, stand_in_target
 from prunevit_kernels._launch import Call, TritonOp
 from prunevit_kernels.compile_check import ARCHITECTURES, faults
+from prunevit_kernels.target import available_cores
 from prunevit_kernels.tune import Compilation, built
 
 from .. import shapes
-from ..machine import cores
 from ..models.vit import PrunedViT
 from ..spec import TokenSelect, ViTSpec
 from .engine import PackedPlan, Program
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(works))
         return 0
     broken, worst = 0, dict[int, Build]()
-    with ProcessPoolExecutor(cores(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(available_cores(), mp_context=get_context("spawn")) as pool:
         jobs = list(product(options.arch, works.items()))
         made = pool.map(built, [arch for arch, _ in jobs], [work for _, (_, work) in jobs])
         for (arch, (name, _)), build in zip(jobs, made):
