@@ -93,11 +93,28 @@ def test_every_test_of_a_gpu_is_run() -> None:
     assert all(any(path.is_relative_to(one) for one in run) for path in marked), marked
 
 
-def test_last_words_are_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_last_words_are_waited_for(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """pytest, interrupted when the time is over, says what has failed."""
-    (tmp_path / "test_it.py").write_text("import time\ndef test_a(): assert 1 == 2\ndef test_b(): time.sleep(60)\n")
+    begun = tmp_path / "begun"
+    second = f"import pathlib, time\n    pathlib.Path({str(begun)!r}).touch()\n    time.sleep(60)"
+    (tmp_path / "test_it.py").write_text(f"def test_a(): assert 1 == 2\ndef test_b():\n    {second}\n")
+
+    class OutOfTime(subprocess.Popen[bytes]):
+        """The time is over in the second test, however long it took to come there."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None or begun.exists():
+                return super().wait(timeout)
+            while not begun.exists():
+                assert self.poll() is None
+                time.sleep(0.05)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", OutOfTime)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path)]
-    assert gpu.run(command, {}, time.monotonic() + 2 * gpu.GRACE) == 124
+    assert gpu.run(command, {}, time.monotonic() + 200) == 124
     assert "assert 1 == 2" in capfd.readouterr().out
 
 
