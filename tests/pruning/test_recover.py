@@ -159,7 +159,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(recipe: dict[str, object
     with pytest.raises(CheckpointError, match="of this run"):
         recover(fresh(), problem(), epochs=4, state=tmp_path / "run", **recipe)
     (tmp_path / "run").write_bytes(b"no such thing")
-    with pytest.raises(CheckpointError, match="delete it"):
+    with pytest.raises(CheckpointError, match="expected the state of a training run"):
         recover(fresh(), problem(), epochs=3, state=tmp_path / "run", **recipe)
 
 
