@@ -75,6 +75,23 @@ def test_digits_take_the_size_and_channels_of_a_model() -> None:
     assert images.shape == (5, 3, 24, 24)
 
 
+def test_images_of_every_extension_that_torchvision_reads_are_read(tmp_path: Path) -> None:
+    (tmp_path / "dog").mkdir()
+    for i, suffix in enumerate((".webp", ".BMP", ".tiff", ".png", ".jpg")):
+        Image.new("RGB", (12, 12), (40 * i, 0, 0)).save(tmp_path / "dog" / f"{i}{suffix}")
+    (tmp_path / "dog" / "notes.txt").write_text("no image")
+    data = load_data(str(tmp_path))
+    found = [Path(path).name for split in SPLITS if split in data.splits for path in paths(data, split)]
+    assert sorted(found) == ["0.webp", "1.BMP", "2.tiff", "3.png", "4.jpg"]
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "notes.txt").write_text("no image")
+    with pytest.raises(DataError, match=r"expected images \(\.jpg .*\.webp\) in the class folders of .*, got none"):
+        load_data(str(tmp_path))
+
+
 def test_few_calibration_images_are_spread_over_the_classes() -> None:
     ((_, found),) = load_data("digits").loader("calibration", DIGITS, images=64)
     counts = found.bincount(minlength=10)

@@ -96,12 +96,14 @@ def read_folder(
 def _listed(root: Path) -> tuple[list[Sample], list[str]]:
     """Every image below the class folders of ``root``, and the classes, both in timm's order."""
     from timm.data import create_dataset
+    from torchvision.datasets.folder import IMG_EXTENSIONS  # timm's own are .jpg, .jpeg and .png alone
 
     expect(any(entry.is_dir() for entry in os.scandir(root)), DataError, f"class folders in {root}", got="none")
     try:
-        reader = create_dataset("", str(root), search_split=False).reader
-    except RuntimeError as error:  # timm says so when it finds no image
-        raise DataError(f"expected images in the class folders of {root}, got none ({error})") from None
+        reader = create_dataset("", str(root), search_split=False, input_key=";".join(IMG_EXTENSIONS)).reader
+    except RuntimeError:  # timm says so when it finds no image, and names other extensions
+        kinds = " ".join(IMG_EXTENSIONS)
+        raise DataError(f"expected images ({kinds}) in the class folders of {root}, got none") from None
     loose = [file for file, _ in reader.samples if Path(file).parent == root]
     expect(not loose, DataError, f"every image of {root} in a class folder", got=f"{loose[:3]} beside them")
     return list(reader.samples), list(reader.class_to_idx)
