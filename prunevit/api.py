@@ -13,7 +13,7 @@ from torch import nn
 
 from . import checkpoint, pruning
 from ._atomic import expect_replaceable
-from .errors import BudgetError, InputError, PruningError, RuntimeMismatch, expect
+from .errors import BudgetError, CheckpointError, InputError, PruningError, RuntimeMismatch, expect
 from .latency import Deployment, LatencyMiss, Measured
 from .latency.table import OnNode
 from .models.from_timm import as_pruned
@@ -118,8 +118,9 @@ def save(model: PrunedViT, path: str | os.PathLike[str], *, check: bool = True) 
     """Write a checkpoint directory: atomically, and only if the runtime computes what the module computes.
 
     ``check=False`` leaves the comparison out. Raises :class:`InputError` for anything but a PrunedViT,
-    :class:`CheckpointError` for weights that no checkpoint holds, :class:`UnsupportedModel` for modules that are not
-    those of the spec, which a checkpoint would not bring back, :class:`RuntimeMismatch`.
+    :class:`CheckpointError` for weights that no checkpoint holds or that give no finite outputs,
+    :class:`UnsupportedModel` for modules that are not those of the spec, which a checkpoint would not bring back,
+    :class:`RuntimeMismatch`.
     """
     _expect_pruned(model)
     expect_replaceable(path)
@@ -139,7 +140,8 @@ def gate(model: PrunedViT, batch: int = 2) -> float:
     """The largest difference between a module and its runtime on random images, as a share of the logits' spread.
 
     A module in 16 bits is compared in fp32, on the numbers that its weights have, and an accelerated one as the eager
-    one that it was. Raises :class:`RuntimeMismatch` above :data:`GATE_TOLERANCE`, :class:`UnsupportedModel`.
+    one that it was. Raises :class:`RuntimeMismatch` above :data:`GATE_TOLERANCE`, :class:`CheckpointError` for a module
+    whose outputs are no numbers, :class:`UnsupportedModel`.
     """
     _expect_pruned(model)
     spec: ViTSpec = model.spec
@@ -154,6 +156,9 @@ def gate(model: PrunedViT, batch: int = 2) -> float:
     dtype = next(single.parameters()).dtype
     with evaluating(single), torch.no_grad(), torch.autocast("cpu", enabled=False):
         expected = single(images.to(dtype)).float()
+    finite = bool(expected.isfinite().all())
+    what = "a model whose outputs on random images are numbers (one that diverged is recovered at a lower lr)"
+    expect(finite, CheckpointError, what, got="infinities or NaN")
     got = Runtime(model, device="cpu", dtype=torch.float32)(images)
     error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not error <= GATE_TOLERANCE:

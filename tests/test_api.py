@@ -107,6 +107,17 @@ def test_a_runtime_that_is_wrong_is_caught(accelerated: bool, tmp_path: Path, mo
     assert [type(module) for module in model.modules()] == kinds
 
 
+def test_a_model_that_diverged_is_not_blamed_on_the_runtime(tmp_path: Path) -> None:
+    model = random_model(SPECS["uniform"])
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.fill_(1e20)
+        model.blocks[0].mlp.fc2.weight.fill_(1e20)
+    with pytest.raises(CheckpointError, match=r"outputs on random images are numbers .* got infinities or NaN"):
+        prunevit.save(model, tmp_path / "diverged")
+    assert not (tmp_path / "diverged").exists()
+    prunevit.save(model, tmp_path / "diverged", check=False)
+
+
 def test_another_default_device_is_no_obstacle(tmp_path: Path) -> None:
     model, images = random_model(SPECS["average_pool_fc_norm"]), random_images(SPECS["average_pool_fc_norm"])
     want = prunevit.Runtime(model, device="cpu")(images)
