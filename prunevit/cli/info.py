@@ -70,10 +70,14 @@ def blocks(spec: ViTSpec) -> list[dict[str, Any]]:
 
 
 def _table(name: str, spec: ViTSpec, dense: ViTSpec | None) -> Any:
-    made = table(("block", "heads", "query-key", "value", "MLP", "MACs", "share", "params"), (), title=name)
+    tokens = [kept for _, _, kept in spec.tokens()]
+    selects = len(set(tokens)) > 1  # else a column of one number
+    shape = (*(("tokens",) if selects else ()), "heads", "query-key", "value", "MLP")
+    made = table(("block", *shape, "MACs", "share", "params"), (), title=name)
     for index, (block, cost) in enumerate(zip(spec.blocks, spec.per_block())):
         made.add_row(
             str(index),
+            *((str(tokens[index]),) if selects else ()),
             str(block.num_heads) if block.has_attn else "removed",
             _widths(block.qk_dims),
             _widths(block.v_dims),
@@ -85,8 +89,9 @@ def _table(name: str, spec: ViTSpec, dense: ViTSpec | None) -> Any:
     inside = sum(cost.macs for cost in spec.per_block())
     outside = spec.params() - sum(cost.params for cost in spec.per_block())
     rest = spec.macs() - inside
-    made.add_row("stem, head", "", "", "", "", si(rest), percent(rest / spec.macs()), si(outside), end_section=True)
-    made.add_row("all", "", "", "", "", si(spec.macs()), "", si(spec.params()))
+    blank = [""] * len(shape)
+    made.add_row("stem, head", *blank, si(rest), percent(rest / spec.macs()), si(outside), end_section=True)
+    made.add_row("all", *blank, si(spec.macs()), "", si(spec.params()))
     caption = f"width {spec.embed_dim}, {spec.img_size[0]} × {spec.img_size[1]} px, {spec.num_classes} classes"
     if dense is not None:
         kept = [percent(one / all_, 0) for one, all_ in ((spec.macs(), dense.macs()), (spec.params(), dense.params()))]
