@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from ..pruning import Step
+
+SECONDS_BETWEEN_LINES = 30  # of a log, where a terminal has a bar
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
@@ -44,7 +47,7 @@ class Output:
 
     @contextmanager
     def bar(self, what: str, total: float | None = None) -> Iterator[Bar]:
-        """A progress bar that goes when the work is done."""
+        """A progress bar that goes when the work is done; now and then a line where no terminal shows it."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.progress import TimeRemainingColumn as Remaining
 
@@ -56,25 +59,34 @@ class Output:
             Remaining(),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
-            yield Bar(progress, progress.add_task(what, total=total))
+            yield Bar(progress, progress.add_task(what, total=total), self.console)
 
 
 class Bar:
     """One bar. ``over`` advances it by one a batch, however often the batches are gone through."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
+    def __init__(self, progress: Progress, task: TaskID, console: Console) -> None:
+        self._progress, self._task, self._console = progress, task, console
+        self._told = time.monotonic()
 
     def advance(self) -> None:
-        self._progress.advance(self._task)
+        self._update(advance=1)
 
     def step(self, step: Step) -> None:
         """A training step, as :func:`prunevit.pruning.recover` reports it."""
-        self._progress.update(self._task, completed=step.step, total=step.total)
+        self._update(completed=step.step, total=step.total)
 
     def show(self, what: str, done: int, total: int | None) -> None:
         """Another part of the work."""
-        self._progress.update(self._task, description=what, completed=done, total=total)
+        self._update(description=what, completed=done, total=total)
+
+    def _update(self, **changes: Any) -> None:
+        self._progress.update(self._task, **changes)
+        if not self._console.is_terminal and time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
+            self._told = time.monotonic()
+            task = self._progress.tasks[0]
+            done = f": {task.completed:.0f} of {task.total:.0f}" if task.total else ""
+            self._console.print(f"{task.description}{done}")
 
     def over(self, batches: Any) -> Watched:
         return Watched(batches, self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -89,7 +90,10 @@ def command(
         before = accuracy(student.eval(), held_out, where)
         try:
             with output.bar("training") as bar:
-                history = recover(student, train, teacher=dense, state=state, on_step=bar.step, **options)
+                history = recover(
+                    student, train, teacher=dense, validation=held_out, state=state, on_step=bar.step,
+                    on_epoch=lambda facts: output.say(_told(facts, epochs)), **options,
+                )  # fmt: skip
         finally:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
@@ -115,6 +119,13 @@ def command(
         title = f"{model}, {count(len(history), 'epoch')} on {data}"
         output.done(result, table(("", "before", "after"), rows, title=title))
         output.say(f"wrote {written}")
+
+
+def _told(facts: Mapping[str, float], epochs: int) -> str:
+    return (
+        f"epoch {facts['epoch'] + 1:.0f} of {epochs}: loss {facts['loss']:.3f}, "
+        f"validation top-1 {percent(facts['accuracy'], 2)}"
+    )
 
 
 def _expect_same_images(teacher: Any, config: dict[str, Any]) -> None:

@@ -49,6 +49,7 @@ def recover(
     state: str | os.PathLike[str] | None = None,
     penalty: Callable[[nn.Module], Tensor] | None = None,
     on_step: Callable[[Step], None] | None = None,
+    on_epoch: Callable[[Mapping[str, float]], None] | None = None,
     **recipe: Any,
 ) -> History:
     """Train ``model`` in place on batches of (images, labels); returns loss, lr and accuracy of each epoch.
@@ -57,7 +58,8 @@ def recover(
     ``validation`` is evaluated after each epoch. ``state`` names a file that the run writes after each epoch and
     resumes from, to exactly what an uninterrupted run would have come to: by the same recipe, from the same model as
     it was at the start, with the same teacher. ``penalty`` adds to the loss of each batch; ``on_step`` is called after
-    each step. The others are the fields of :class:`Recipe`.
+    each step, ``on_epoch`` after each epoch with what the history has of it. The others are the fields of
+    :class:`Recipe`.
 
     Under ``torchrun`` gradients are averaged over the processes, and batches dealt out to them: a step is one batch of
     each. A plain ``DataLoader`` reads only its own process's images; any other iterable is gone through whole by every
@@ -69,7 +71,7 @@ def recover(
     of another run.
     """
     run = _Run(model, data, teacher, validation, Recipe.of(recipe), None if state is None else Path(state))
-    run.penalty, run.on_step = penalty, on_step
+    run.penalty, run.on_step, run.on_epoch = penalty, on_step, on_epoch
     with _own_chance(run.device), keeping_modes(model):
         if teacher is None:
             return run.train()
@@ -100,6 +102,7 @@ def accuracy(model: nn.Module, data: Batches) -> float:
 class _Run:
     penalty: Callable[[nn.Module], Tensor] | None = None
     on_step: Callable[[Step], None] | None = None
+    on_epoch: Callable[[Mapping[str, float]], None] | None = None
 
     def __init__(
         self,
@@ -160,6 +163,8 @@ class _Run:
                 facts["accuracy"] = accuracy(self._best(), self.validation)
             self.history.append(facts)
             self._save()
+            if self.on_epoch is not None:
+                self.on_epoch(facts)
         if self.ema is not None:
             self.model.load_state_dict(self.ema.module.state_dict())
         return self.history

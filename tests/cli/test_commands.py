@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 from prunevit import api, shapes
-from prunevit.cli import app
+from prunevit.cli import _output, app
 from prunevit.data import DIGITS_CFG, data_config, load_data
 from prunevit.models import PrunedViT
 from prunevit.plots import QK, V, plot_shape
 from prunevit.pruning import Plan
-from tests.specs import SPECS
+from tests.specs import SPECS, random_model
 
 from .conftest import Call, refused
 
@@ -89,6 +89,16 @@ def test_info_prints_a_row_a_block(call: Call) -> None:
     assert "44 % of the dense model's MACs" in text
     rows = [line.split() for line in text.splitlines()]
     assert [row[0] for row in rows if len(row) > 5 and row[0].isdigit()] == [str(i) for i in range(12)]
+
+
+def test_info_says_how_many_tokens_stay_where_some_go(call: Call, tmp_path: Path) -> None:
+    spec = SPECS["select_before_mlp"]
+    text = call("info", api.save(random_model(spec), tmp_path / "selects")).stdout
+    rows = [line.split() for line in text.splitlines()]
+    kept = [row[1] for row in rows if len(row) > 5 and row[0].isdigit()]
+    assert kept == [str(mlp) for _, _, mlp in spec.tokens()]
+    assert len(set(kept)) > 1
+    assert "tokens" not in call("info", "snp_deit_small").stdout
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
@@ -167,6 +177,23 @@ def test_text_says_what_was_written(call: Call, checkpoint: Path, tmp_path: Path
     assert "probability" in answer.stdout
     answer = call("eval", out, "--data", "digits", "--backend", "torch")
     assert "top-1" in answer.stdout
+
+
+def test_a_log_shows_how_training_goes(
+    call: Call, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_output, "SECONDS_BETWEEN_LINES", 0)
+    answer = call("finetune", checkpoint, "--data", "digits", "--epochs", 2, "--out", tmp_path / "tuned")
+    lines = answer.stdout.splitlines()
+    epochs = [line for line in lines if re.fullmatch(r"epoch [12] of 2: loss [\d.]+, validation top-1 [\d.]+ %", line)]
+    assert len(epochs) == 2
+    steps = [line for line in lines if line.startswith("training: ")]
+    assert steps[0].startswith("training: 1 of ")
+    total = steps[0].rsplit(" ", 1)[1]
+    assert steps[-1] == f"training: {total} of {total}"
+    monkeypatch.setattr(_output, "SECONDS_BETWEEN_LINES", 3600)
+    options = ("--method", "taylor", "--macs", "90%", "--data", "digits")
+    assert "pruning by taylor" not in call("prune", checkpoint, *options, "--out", tmp_path / "pruned").stdout
 
 
 def test_prune_takes_groups_ignored_layers_and_multiples(call: Call, checkpoint: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from prunevit.errors import CheckpointError, PruningError
 from prunevit.models import PrunedViT
 from prunevit.pruning import Step, accuracy, prune, recover
 from prunevit.pruning.recipe import Loss, Mixing, Recipe, Student
+from prunevit.pruning.training_state import read_facts
 from tests.specs import SPECS, block, random_images, random_model, vit
 
 SPEC = vit(block(), block(), embed_dim=32)
@@ -122,6 +124,18 @@ def test_labels_need_a_classifier(name: str) -> None:
     ):
         with pytest.raises(PruningError, match="a classifier and a pooling"):
             call()
+
+
+def test_each_epoch_is_told_once_its_state_is_written(tmp_path: Path) -> None:
+    told, state = [], tmp_path / "run"
+
+    def tell(facts: Mapping[str, float]) -> None:
+        assert read_facts(state)["history"][-1] == facts
+        told.append(facts)
+
+    history = recover(fresh(), problem(), epochs=3, validation=problem(), state=state, on_epoch=tell)
+    assert told == history
+    assert [set(facts) for facts in told] == [{"epoch", "steps", "loss", "lr", "accuracy"}] * 3
 
 
 def test_weights_that_are_all_frozen_are_refused() -> None:
