@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -118,7 +119,13 @@ def run(command: list[str], extra: dict[str, str], until: float) -> int:
     command = [word.replace(LEFT, f"{left - 2 * GRACE:.0f}") for word in command]
     print("+", shlex.join(command), flush=True)
     # a process group of its own: workers that are stopped, or busy on the GPU, must end with it
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **extra}, process_group=0)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **extra},
+        process_group=0,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
+    )
     try:
         return process.wait(max(left - GRACE, left / 2))
     except subprocess.TimeoutExpired:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -93,6 +95,15 @@ def test_every_test_of_a_gpu_is_run() -> None:
     assert all(any(path.is_relative_to(one) for one in run) for path in marked), marked
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["in_front", "in_the_background"])
+def interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A shell has its background jobs ignore interrupts, and so do their children unless told otherwise."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_last_words_are_waited_for(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
