@@ -13,6 +13,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace prunevit {
@@ -149,17 +150,16 @@ void Pool::reserve(int64_t each, int64_t shared) {
     each = (each + 15) / 16 * 16;
     if (each <= scratch_floats_ && shared <= shared_floats_) return;
     std::lock_guard<std::mutex> guard(state_->busy);
+    // freed last: a child that another thread forks in between has what the pointers say
     if (each > scratch_floats_) {
-        float* grown = allocate_floats(each * threads_);
-        free_floats(scratch_);
-        scratch_ = grown;
+        float* old = std::exchange(scratch_, allocate_floats(each * threads_));
         scratch_floats_ = each;
+        free_floats(old);
     }
     if (shared > shared_floats_) {
-        float* grown = allocate_floats(shared);
-        free_floats(shared_);
-        shared_ = grown;
+        float* old = std::exchange(shared_, allocate_floats(shared));
         shared_floats_ = shared;
+        free_floats(old);
     }
 }
 

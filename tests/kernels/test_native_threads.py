@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunevit_kernels import FusedMlp, Launch, NormLinear, Target, cpu, fuse
+from prunevit_kernels import FusedMlp, Launch, NormLinear, PoolHead, Target, cpu, fuse
 
 
 def layer(seed: int, target: Target, rows: int = 150) -> tuple[Launch, Tensor, Tensor]:
@@ -79,6 +80,40 @@ def test_a_fork_while_another_thread_is_inside_a_launch() -> None:
                 os._exit(0 if torch.allclose(y, want, atol=1e-4) else 1)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         running.result()
+
+
+def test_a_fork_while_another_thread_binds() -> None:
+    """Binding grows a pool's scratch memory: a child has the old or the new, whenever it was forked."""
+    target, rows = Target("cpu", threads=2), 12000
+    x, y = torch.zeros(1, rows, 1024), torch.zeros(1, rows, 8)
+    op = PoolHead(1024, "none", 0, 1e-6, None, None, torch.randn(8, 1024), torch.zeros(8))
+    packed = [op.pack(target)]
+    launches, over = [packed[0].bind(x[:, :9], y[:, :9])], threading.Event()
+
+    def grow() -> None:
+        while not over.is_set():
+            packed[0] = op.pack(Target("cpu", threads=2))
+            launches.append(packed[0].bind(x[:, :9], y[:, :9]))
+            del launches[0]
+            for n in range(8200, rows, 4):  # scratch memory so large that its pages go when it is freed
+                if over.is_set():
+                    break
+                packed[0].bind(x[:, :n], y[:, :n])
+
+    with ThreadPoolExecutor(1) as caller:
+        growing = caller.submit(grow)
+        codes = []
+        for _ in range(200):
+            launch = launches[-1]
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)
+                launch()
+                os._exit(0)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        over.set()
+        growing.result()
+    assert set(codes) == {0}
 
 
 def test_fused_launches_run_in_order_in_one_call_and_can_be_timed() -> None:
