@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from importlib import import_module
 from types import ModuleType
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .._configs import CUDA_MLP_KERNELS, MLP_KERNELS, Problem
 from .._expect import ContractError, expect, matrix_of
+from ..op import SHAPES
 from ..target import BUILD_COMMAND, Launch, PackedOp, Target
 from ..units import dtype_name, round_up
 from . import FusedMlp
@@ -53,6 +55,17 @@ def pack_w2(w2: Tensor) -> Tensor:
     return swizzled(square.reshape(square.shape[0], -1, PANEL).transpose(0, 1))
 
 
+def unpack_w1(packed: Tensor, hidden: int, in_dim: int) -> Tensor:
+    """What ``pack_w1`` was given: swizzling twice is swizzling never."""
+    square = swizzled(packed).transpose(1, 2).flatten(2).flatten(0, 1)
+    return square[:hidden, :in_dim]
+
+
+def unpack_w2(packed: Tensor, out_dim: int, hidden: int) -> Tensor:
+    """What ``pack_w2`` was given."""
+    return swizzled(packed).transpose(0, 1).flatten(1)[:out_dim, :hidden]
+
+
 class PackedWeights:
     """Weights in the layout of csrc/cuda/layout.h, zeros wherever a tile is larger than the matrix."""
 
@@ -72,6 +85,18 @@ class PackedWeights:
         self.gamma = vector(op.gamma, 1.0, out_dim, UNIT)
         self.reads, self.writes = channels(op.reads), channels(op.writes)
 
+    def unpacked(self, op: FusedMlp) -> FusedMlp:
+        """``op``, which has the shapes, with these weights: W1 and W2 as they were rounded."""
+        out_dim, hidden = op.w2.shape
+        return replace(
+            op,
+            w1=unpack_w1(self.w1, hidden, op.w1.shape[1]),
+            w2=unpack_w2(self.w2, out_dim, hidden),
+            b1=None if op.b1 is None else self.b1[:hidden],
+            b2=None if op.b2 is None else self.b2[:out_dim],
+            gamma=None if op.gamma is None else self.gamma[:out_dim],
+        )
+
     def buffers(self) -> dict[str, Tensor]:
         named = {name: getattr(self, name) for name in ("w1", "w2", "b1", "b2", "gamma", "reads", "writes")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
@@ -89,7 +114,7 @@ class CudaMlp:
     """A packed fused_mlp. Which kernel runs it is decided when it is bound."""
 
     def __init__(self, extension: ModuleType, op: FusedMlp, target: Target) -> None:
-        self.extension, self.op, self.target = extension, op, target
+        self.extension, self.op, self.target = extension, op.to(SHAPES), target
         self.weights = PackedWeights(op, target.device, target.dtype)
         if target.overlaps and target.device.type == "cuda":
             # kernels fetch weights before they wait for the launch ahead: that may not be the one that packs them
@@ -100,7 +125,7 @@ class CudaMlp:
         """The same as two Triton kernels, with weights of its own."""
         from . import _triton
 
-        return _triton.Packed(self.op, self.target)
+        return _triton.Packed(self.weights.unpacked(self.op), self.target)
 
     def problem(self, x: Tensor) -> Problem:
         op = self.op

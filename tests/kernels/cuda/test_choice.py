@@ -15,7 +15,7 @@ from prunevit_kernels import ContractError, FusedMlp, tune
 from prunevit_kernels._aot import stand_in_target
 from prunevit_kernels._configs import CUDA_MLP_KERNELS, MLP_KERNELS
 from prunevit_kernels._launch import TritonOp
-from prunevit_kernels.fused_mlp import _cuda
+from prunevit_kernels.fused_mlp import _cuda, _triton
 from prunevit_kernels.fused_mlp._cuda import KERNEL_VARIABLE, CudaMlp
 from prunevit_kernels.target import Target
 from prunevit_kernels.tuning import Tuning
@@ -97,6 +97,20 @@ def test_the_triton_pair_is_a_kernel_too(x: torch.Tensor, monkeypatch: pytest.Mo
 def test_a_measured_kernel_that_this_build_lacks_is_named(x: torch.Tensor) -> None:
     with pytest.raises(ContractError, match=r"tuning.json .* tune anew: fused_mlp kernel 'wgmma': it does not fit"):
         packed("wgmma", takes=("fused",)).bind(x)
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_the_triton_pair_is_made_of_the_packed_weights_alone(biases: bool) -> None:
+    op = draw(37, 70, reads=tuple(range(20)), writes=tuple(range(5, 36)), gamma=biases, biases=biases)
+    mlp = packed(op=op)
+    assert {tensor.device.type for tensor in vars(mlp.op).values() if isinstance(tensor, torch.Tensor)} == {"meta"}
+    direct = _triton.Packed(op, mlp.target)
+    for made, wanted in ((mlp.triton.fc1, direct.fc1), (mlp.triton.fc2.linear, direct.fc2.linear)):
+        for name, tensor in vars(wanted).items():
+            if isinstance(tensor, torch.Tensor):
+                assert torch.equal(getattr(made, name), tensor), name
+    assert (mlp.triton.fc2.gamma is None) == (not biases)
+    assert not biases or torch.equal(mlp.triton.fc2.gamma, direct.fc2.gamma)
 
 
 def test_candidates_are_the_kernels_that_take_the_shape(x: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunevit_kernels.fused_mlp._cuda import PackedWeights, pack_w1, pack_w2
+from prunevit_kernels.fused_mlp._cuda import PackedWeights, pack_w1, pack_w2, unpack_w1, unpack_w2
 from tests.kernels.cuda.emulation import build, draw
 
 
@@ -48,6 +48,13 @@ def test_packed_weights_lie_where_the_kernels_look(hidden: int, in_dim: int, out
         expected = torch.zeros_like(packed)
         expected[torch.tensor(list(found))] = torch.stack(list(found.values()))
         assert torch.equal(packed, expected)
+
+
+@pytest.mark.parametrize(("hidden", "in_dim", "out_dim"), [(70, 37, 37), (1, 1, 1), (64, 64, 16), (130, 153, 90)])
+def test_what_is_unpacked_was_packed(hidden: int, in_dim: int, out_dim: int) -> None:
+    w1, w2 = torch.randn(hidden, in_dim), torch.randn(out_dim, hidden)
+    assert torch.equal(unpack_w1(pack_w1(w1), hidden, in_dim), w1)
+    assert torch.equal(unpack_w2(pack_w2(w2), out_dim, hidden), w2)
 
 
 def test_absent_biases_and_layer_scale_are_zeros_and_ones() -> None:
