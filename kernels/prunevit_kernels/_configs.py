@@ -69,7 +69,8 @@ def attention_tile(target: Target, problem: Problem) -> Tile:
     _, queries, keys = problem.sizes
     widest = max(problem.variant[:2])
     if queries <= 16:
-        default = Tile(16, 64, warps=1, stages=3)
+        # one warp with a wide head's sums, or with the bodies of several classes, would spill registers
+        default = Tile(16, 64, warps=1, stages=3) if widest <= 32 else Tile(16, 64, warps=2, stages=2)
     elif keys <= ONE_PASS and widest <= 64:
         # a quarter to a third fewer instructions than the loop; wider heads would spill registers on sm_80
         default = Tile(64, ONE_PASS, warps=4, stages=1)
@@ -89,7 +90,7 @@ def scores_tile(target: Target, problem: Problem) -> Tile:
 
 
 def linear_tile(target: Target, problem: Problem) -> Tile:
-    """Small tiles while they are needed to occupy the GPU; then wide ones, as wide as wastes fewest columns."""
+    """Small tiles while they are needed to occupy the GPU; then as wide as what a block does anew is worth."""
     m, n, k = problem.sizes
     if m <= 512:
         return chosen(target, problem, Tile(block_m=32, block_n=32, block_k=64, warps=4, stages=4))
@@ -112,7 +113,8 @@ def candidates(problem: Problem) -> list[Tile]:
         _, queries, keys = problem.sizes
         few, many = product((16,), (32, 64, 128), (1, 2)), product((32, 64, 128), (32, 64, 128), (2, 4, 8))
         shapes = tuple(few) if queries <= 16 else tuple(s for s in many if 16 <= s[0] // s[2] <= 32)
-        looping = [Tile(m, n, warps=warps, stages=stages) for (m, n, warps), stages in product(shapes, (2, 3))]
+        loops = product((shape for shape in shapes if shape[1] < keys), (2, 3))  # a tile of all keys is one pass
+        looping = [Tile(m, n, warps=warps, stages=stages) for (m, n, warps), stages in loops]
         # one pass: a warp has room for the scores of 16 queries
         rows = () if keys > ONE_PASS else (16,) if queries <= 16 else (32, 64, 128)
         return [Tile(m, ONE_PASS, warps=m // 16, stages=1) for m in rows] + looping

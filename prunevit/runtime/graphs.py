@@ -23,7 +23,7 @@ class Recorder(Protocol):
 
     @property
     def records(self) -> bool:
-        """Whether launches are recorded; then all of a program's memory is its own, its inputs too."""
+        """Whether launches are recorded; then a program's memory is its own, its inputs too unless they are many."""
         ...
 
     def turn(self) -> AbstractContextManager[None]:

@@ -108,6 +108,7 @@ CASES: dict[str, dict[str, Case]] = {
         "mixed_up_to_128": attention_case([100, 5], [9, 70], b=1, n=20),
         "head_of_128": attention_case([128], [80], b=1, n=33),
         "one_query": attention_case([25, 13], [31, 12], b=3, n=67, queries=1),
+        "one_query_of_wide_heads": attention_case([100, 64], [128, 40], b=1, n=147, queries=1),
         "fewer_queries_than_keys": attention_case([13], [12], b=2, n=70, queries=66),
         "all_that_one_pass_takes": attention_case([13, 40], [12, 19], b=1, n=256, queries=20),
         "one_key_in_the_last_tile": attention_case([25], [38], b=1, n=193, queries=65),

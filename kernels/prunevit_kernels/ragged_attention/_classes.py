@@ -2,7 +2,7 @@
 
 A head is computed at the smallest class, (16, 16) … (128, 128), that covers its Dqk and Dv. A *menu* is the tuple of
 classes that one compiled kernel knows. A layer whose heads are alike gets a menu of that one class; mixed layers share
-the few menus below, so a new model compiles nothing new.
+the few menus below, so a new model of as many tokens compiles nothing new.
 """
 
 from __future__ import annotations

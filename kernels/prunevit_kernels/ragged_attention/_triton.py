@@ -17,6 +17,7 @@ from torch import Tensor
 from .._configs import Problem, attention_tile
 from .._expect import expect
 from .._launch import Call, TritonOp, expect_rows
+from .._linear import touched
 from .._overlap import await_launches
 from ..target import Target
 from ..units import round_up
@@ -100,9 +101,9 @@ def _attend_in_steps(
         )
         # Triton waits for the sums here, since they are touched. Else it leaves the product in flight when the loop
         # goes round, and touches them there: ptxas answers by serialising every product of the kernel (C7515).
-        acc0 += 0.0
+        acc0 = touched(acc0)
         if V1 > 0:
-            acc1 += 0.0
+            acc1 = touched(acc1)
     first = whole
     for i in tl.static_range(len(REST)):
         acc0, acc1, top, total = _attend_keys(
@@ -190,7 +191,8 @@ def _attend(
 
 
 # Offsets, widths and pitches come in units of 8 and are multiplied here: as plain integers the compiler could not
-# know that rows start on 16 bytes. Nothing is specialised on their values, so no new shape compiles anew.
+# know that rows start on 16 bytes. Nothing is specialised on their values: of a new shape only the
+# number of tokens, by its tiles, compiles anew.
 @triton.jit(do_not_specialize=["N", "NQ", "image8", "row8", "out_image8", "out_row8"])
 def ragged_attention_kernel(
     qkv, out, table, N, NQ, image8, row8, out_image8, out_row8,

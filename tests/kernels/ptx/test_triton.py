@@ -27,6 +27,7 @@ OVERWRITING = Timing(late_products=True, order=8)
 # what has tensor cores or shared memory differs between the two; one of each such kind on the older one
 ON_SM_80 = [
     "ragged_attention.mixed_up_to_64", "ragged_attention.tails_of_32_and_16", "ragged_attention.one_query",
+    "ragged_attention.one_query_of_wide_heads",
     "ragged_attention.all_that_one_pass_takes", "ragged_attention.more_than_one_pass_takes",
     "norm_linear.width_89_to_35", "linear_residual.width_40_from_89", "fused_mlp.reads_and_writes_some",
     "patch_embed.patch_14", "token_scores.class_token", "select_tokens.longer_than_a_tile",
