@@ -13,8 +13,8 @@ def model_cpu(record: dict[str, Any]) -> str:
     """One row a shape and batch: prunevit beside the best peer and beside the dense original."""
     env, rows = record["environment"], [row for row in record["rows"] if row["impl"] == "prunevit"]
     lines = [
-        "| pruned model | batch | prunevit | best peer | faster than it | share of FMA peak "
-        "| faster than dense in its best peer | MACs ratio |",
+        "| pruned model | batch | prunevit | best peer | speed-up over it | share of FMA peak "
+        "| speed-up over dense in its best peer | MACs ratio |",
         "|---|--:|--:|---|--:|--:|--:|--:|",
     ]
     lines += [
