@@ -30,9 +30,9 @@ def save_until(step: int, directory: Path, exchange: str) -> None:
 
         return call
 
-    for name in ("mkdir", "fsync", "rename", "link", "unlink", "rmdir"):
+    for name in ("mkdir", "fsync", "rename", "link", "unlink", "rmdir", "chmod", "chown"):
         setattr(os, name, counted(getattr(os, name)))
-    Path.write_text = counted(Path.write_text)  # type: ignore[method-assign]
+    Path.write_bytes = counted(Path.write_bytes)  # type: ignore[method-assign]
     checkpoint.save_file = counted(checkpoint.save_file)
     _atomic.exchange = counted(getattr(_atomic, exchange))
     checkpoint.save(model, directory)
