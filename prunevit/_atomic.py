@@ -4,8 +4,11 @@ New files are written to a sibling, flushed to disk, and the two directories cha
 there is one (Linux ``renameat2``, macOS ``renamex_np``): at any moment, also of a crash or a power cut, the path is the
 old directory or the new one. What else the old one held then follows by renaming, and is never copied or deleted: files
 are linked into the new one beforehand, subdirectories are missing between two system calls, and a crash there leaves
-them to the next save. On a file system without that call (some network ones) there are two renames, and a crash exactly
-between them leaves the old directory as ``.NAME.previous-…`` beside the path.
+them to the next save. On a file system without that call (some network ones) there are two renames.
+
+The sibling's name tells the next save what a killed one left: ``.NAME.writing-…`` holds half-written files and nothing
+of anybody else's; ``.NAME.saving-…``, as it is called from when it is complete, may be the old directory;
+``.NAME.previous-…`` is the old one, left exactly between two renames.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import fcntl
 import glob
 import os
 import secrets
+import shutil
 import stat
 import sys
 from collections.abc import Callable, Collection
@@ -74,13 +78,15 @@ def replace_directory(path: Path, write: Callable[[Path], None], names: Collecti
         for file in fresh.iterdir():
             file.chmod(fresh.stat().st_mode & 0o666)  # as the umask has it, whatever the writer thinks of others
             _flush(file)
+        _flush(fresh)
+        fresh = fresh.rename(_beside(path, "saving"))
         while not _put(fresh, path, names, locks):
             pass  # another save was first: its other files are carried over too
         _flush(path.parent)
     finally:
         try:
             if fresh.exists():  # the old directory, or what an error left
-                _empty(fresh, path, names)
+                _clear(fresh, path, names)
         finally:
             for lock in locks:
                 os.close(lock)
@@ -89,7 +95,7 @@ def replace_directory(path: Path, write: Callable[[Path], None], names: Collecti
 def _fresh_beside(path: Path) -> tuple[Path, int]:
     """A new directory, and the lock that tells the next save that this one is alive."""
     while True:
-        fresh = _beside(path, "saving")
+        fresh = _beside(path, "writing")
         fresh.mkdir()
         if (lock := _locked(fresh)) is not None:
             return fresh, lock
@@ -127,7 +133,6 @@ def _lock(handle: int, mode: int) -> bool:
 def _put(fresh: Path, path: Path, names: Collection[str], locks: list[int]) -> bool:
     """Whether ``fresh`` has become ``path``; not where another save has changed it in between."""
     if not path.exists():
-        _flush(fresh)
         try:
             fresh.rename(path)
         except OSError as error:
@@ -150,6 +155,14 @@ def _put(fresh: Path, path: Path, names: Collection[str], locks: list[int]) -> b
     _flush(fresh)
     exchange(fresh, path)
     return True
+
+
+def _clear(left: Path, path: Path, names: Collection[str]) -> None:
+    """Remove what a save of ``path`` made beside it; what is somebody else's in it goes to ``path``."""
+    if left in left_beside(path, "writing"):
+        shutil.rmtree(left)
+    else:
+        _empty(left, path, names)
 
 
 def _empty(old: Path, path: Path, names: Collection[str]) -> None:
@@ -197,8 +210,8 @@ def _make_writable(folder: Path) -> bool:
 
 def recover(path: Path, names: Collection[str]) -> None:
     """Put back what killed saves of ``path`` left beside it, and remove the rest; what is in use stays."""
-    previous = left_beside(path, "previous")
-    for left in (*previous, *left_beside(path, "saving")):
+    previous = left_beside(path)
+    for left in (*previous, *left_beside(path, "saving"), *left_beside(path, "writing")):
         with suppress(OSError):  # its writer lives or has just ended, or something in it cannot be moved
             handle = os.open(left, os.O_RDONLY)
             try:
@@ -206,7 +219,7 @@ def recover(path: Path, names: Collection[str]) -> None:
                 if left in previous and not path.exists():
                     left.rename(path)
                 elif alone and os.path.samestat(os.fstat(handle), os.stat(left)):
-                    _empty(left, path, names)
+                    _clear(left, path, names)
             finally:
                 os.close(handle)
 
@@ -216,7 +229,7 @@ def _beside(path: Path, kind: str) -> Path:
 
 
 def left_beside(path: Path, kind: str = "previous") -> list[Path]:
-    """What killed saves left: ``previous``, the old directory where there are two renames, or ``saving``."""
+    """What killed saves left: ``previous``, ``saving`` or ``writing``, as this module's first lines say."""
     return sorted(path.parent.glob(f".{glob.escape(path.name)}.{kind}-" + "[0-9a-f]" * 8))
 
 

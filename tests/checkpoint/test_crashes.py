@@ -19,7 +19,7 @@ from prunevit.errors import CheckpointError
 from tests import crashing
 from tests.specs import SPECS, random_model
 
-from .directories import saved
+from .directories import FILES, saved
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,7 @@ def test_a_crash_at_any_step_leaves_the_old_or_the_new(
             seen.add("none")
         saved(directory, seed=2)
         assert os.listdir(directory.parent) == ["vit"], "the next save removes what the crash left"
+        assert sorted(os.listdir(directory)) == sorted([*FILES, "notes.txt"] if there_is_an_old_one else FILES)
         step += 1
     assert seen == ({"old", "new"} if there_is_an_old_one else {"none", "new"})
     assert step > 8
@@ -144,7 +145,7 @@ def test_a_directory_taken_for_stale_before_it_is_locked(tmp_path: Path, monkeyp
     seen = []
 
     def late(path: Any, *args: Any, **kwargs: Any) -> int:
-        if ".saving-" in str(path) and not seen:
+        if ".writing-" in str(path) and not seen:
             seen.append(path)
             shutil.rmtree(path)  # as another save would, which finds no lock on it
         return inner(path, *args, **kwargs)

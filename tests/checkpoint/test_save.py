@@ -134,11 +134,11 @@ def test_what_cannot_follow_stays_and_is_named(tmp_path: Path, monkeypatch: pyte
 
 
 def test_directories_of_similar_names_are_left_alone(tmp_path: Path) -> None:
-    for name in (".vit.previous", ".vit.saving-mine"):
+    for name in (".vit.previous", ".vit.saving-mine", ".vit.writing-mine"):
         (tmp_path / name).mkdir()
     saved(tmp_path / "vit")
     saved(tmp_path / "vit")
-    assert sorted(os.listdir(tmp_path)) == [".vit.previous", ".vit.saving-mine", "vit"]
+    assert sorted(os.listdir(tmp_path)) == [".vit.previous", ".vit.saving-mine", ".vit.writing-mine", "vit"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file to any group")
