@@ -145,7 +145,7 @@ def _put(fresh: Path, path: Path, names: Collection[str], locks: list[int]) -> b
     locks.append(old)  # another save of this path waits until this one is done
     found = os.fstat(old)
     for made in (fresh, *(file for file in fresh.iterdir() if file.name in names)):
-        with suppress(PermissionError):  # a group that one is no member of
+        with suppress(OSError):  # a group that one is no member of, or that is unknown in a container
             os.chown(made, -1, found.st_gid)
     fresh.chmod(stat.S_IMODE(found.st_mode) | stat.S_IRWXU)
     for entry in os.scandir(path):

@@ -151,6 +151,16 @@ def test_the_group_and_mode_of_the_directory_stay(tmp_path: Path) -> None:
     assert {file.stat().st_gid for file in (tmp_path / "vit", *(tmp_path / "vit").iterdir())} == {1234}
 
 
+def test_a_group_that_cannot_be_given_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chown(*_: object) -> None:  # EINVAL: of a group that a container's user namespace does not know
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    saved(tmp_path / "vit")
+    monkeypatch.setattr(os, "chown", chown)
+    saved(tmp_path / "vit", "uniform")
+    assert checkpoint.load(tmp_path / "vit").spec == SPECS["uniform"]
+
+
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(handle: int, mode: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
