@@ -89,7 +89,7 @@ def replace_directory(path: Path, write: Callable[[Path], None], names: Collecti
                 _clear(fresh, path, names)
         finally:
             for lock in locks:
-                os.close(lock)
+                _release(lock)
 
 
 def _fresh_beside(path: Path) -> tuple[Path, int]:
@@ -115,7 +115,7 @@ def _locked(path: Path) -> int | None:
             same = os.path.samestat(os.fstat(handle), os.stat(path))
     finally:
         if not same:
-            os.close(handle)
+            _release(handle)
     return handle if same else None
 
 
@@ -128,6 +128,11 @@ def _lock(handle: int, mode: int) -> bool:
             return False
         raise
     return True
+
+
+def _release(handle: int) -> None:
+    _lock(handle, fcntl.LOCK_UN)  # a child that was forked meanwhile shares the lock, and would keep it
+    os.close(handle)
 
 
 def _put(fresh: Path, path: Path, names: Collection[str], locks: list[int]) -> bool:
@@ -221,7 +226,7 @@ def recover(path: Path, names: Collection[str]) -> None:
                 elif alone and os.path.samestat(os.fstat(handle), os.stat(left)):
                     _clear(left, path, names)
             finally:
-                os.close(handle)
+                _release(handle)
 
 
 def _beside(path: Path, kind: str) -> Path:

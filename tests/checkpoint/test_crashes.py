@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -138,6 +139,25 @@ def test_saves_at_once_all_come_through(tmp_path: Path) -> None:
         assert list(pool.map(lambda path: checkpoint.save(model, path), paths)) == paths
     assert sorted(os.listdir(tmp_path)) == sorted(["vit", *(f"new{i}" for i in range(10))])
     assert (tmp_path / "vit/notes.txt").read_text() == "kept"
+
+
+def test_a_child_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, inherited = _atomic._locked, []
+
+    def forked(path: Path) -> int | None:
+        if (handle := inner(path)) is not None:
+            inherited.append(os.dup(handle))  # shares the lock, as a child's does
+        return handle
+
+    monkeypatch.setattr(_atomic, "_locked", forked)
+    for _ in range(2):
+        saved(tmp_path / "vit")
+        handle = os.open(tmp_path / "vit", os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it would wait
+        os.close(handle)
+    assert len(inherited) == 3
+    for handle in inherited:
+        os.close(handle)
 
 
 def test_a_directory_taken_for_stale_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
