@@ -138,6 +138,13 @@ def _release(handle: int) -> None:
 def _put(fresh: Path, path: Path, names: Collection[str], locks: list[int]) -> bool:
     """Whether ``fresh`` has become ``path``; not where another save has changed it in between."""
     if not path.exists():
+        for left in left_beside(path):  # another save is between its two renames, or has died there
+            with suppress(OSError):
+                if (previous := _locked(left)) is not None:
+                    _release(previous)
+        recover(path, names)
+        if path.exists():
+            return False
         try:
             fresh.rename(path)
         except OSError as error:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,30 @@ def test_saves_at_once_all_come_through(tmp_path: Path) -> None:
         assert list(pool.map(lambda path: checkpoint.save(model, path), paths)) == paths
     assert sorted(os.listdir(tmp_path)) == sorted(["vit", *(f"new{i}" for i in range(10))])
     assert (tmp_path / "vit/notes.txt").read_text() == "kept"
+
+
+def test_saves_take_turns_where_directories_cannot_be_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes between the two renames of another finds nothing at the path, and waits all the same."""
+    saved(tmp_path / "vit")
+    (tmp_path / "vit/runs").mkdir()
+    inner, later = Path.rename, []
+
+    def slow(source: Path, target: Path) -> Path:
+        if target == tmp_path / "vit" and not later:
+            later.append(pool.submit(saved, tmp_path / "vit", seed=2))
+            wait(later, timeout=1)
+        return inner(source, target)
+
+    monkeypatch.setattr(_atomic, "exchange", _atomic.rename_twice)
+    monkeypatch.setattr(Path, "rename", slow)
+    with ThreadPoolExecutor(1) as pool:
+        saved(tmp_path / "vit", seed=1)
+        later[0].result()
+    assert checkpoint.load(tmp_path / "vit").plan["seed"] == 2  # type: ignore[index]
+    assert sorted(os.listdir(tmp_path / "vit")) == [*FILES, "runs"]
+    assert os.listdir(tmp_path) == ["vit"]
 
 
 def test_a_child_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
