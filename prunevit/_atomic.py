@@ -23,7 +23,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from .errors import CheckpointError
@@ -72,24 +72,26 @@ def replace_directory(path: Path, write: Callable[[Path], None], names: Collecti
     path = Path(os.path.realpath(path))  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path, names)
-    fresh, *locks = _fresh_beside(path)
-    try:
-        write(fresh)
-        for file in fresh.iterdir():
-            file.chmod(fresh.stat().st_mode & 0o666)  # as the umask has it, whatever the writer thinks of others
-            _flush(file)
-        _flush(fresh)
-        fresh = fresh.rename(_beside(path, "saving"))
-        while not _put(fresh, path, names, locks):
-            pass  # another save was first: its other files are carried over too
-        _flush(path.parent)
-    finally:
+    with ExitStack() as locks:
+        fresh, lock = _fresh_beside(path)
+        locks.callback(_release, lock)
         try:
+            mode = stat.S_IMODE(fresh.stat().st_mode)  # as the umask has it
+            fresh.chmod(mode & ~0o077)  # what is written may be going into a directory that others must not read
+            write(fresh)
+            for file in fresh.iterdir():
+                file.chmod(mode & 0o666)  # whatever the writer thinks of others
+                _flush(file)
+            _flush(fresh)
+            fresh = fresh.rename(_beside(path, "saving"))
+            while (found := _put(fresh, path, names, locks, mode)) is None:
+                pass  # another save was first: its other files are carried over too
+            _flush(path.parent)
+        finally:
             if fresh.exists():  # the old directory, or what an error left
                 _clear(fresh, path, names)
-        finally:
-            for lock in locks:
-                _release(lock)
+        if found != found | stat.S_IRWXU:
+            path.chmod(found)  # nobody may write in it: last, for what has followed had to
 
 
 def _fresh_beside(path: Path) -> tuple[Path, int]:
@@ -135,8 +137,8 @@ def _release(handle: int) -> None:
     os.close(handle)
 
 
-def _put(fresh: Path, path: Path, names: Collection[str], locks: list[int]) -> bool:
-    """Whether ``fresh`` has become ``path``; not where another save has changed it in between."""
+def _put(fresh: Path, path: Path, names: Collection[str], locks: ExitStack, mode: int) -> int | None:
+    """Let ``fresh`` become ``path``: the mode to have, ``mode`` of a new one. None where another save came between."""
     if not path.exists():
         for left in left_beside(path):  # another save is between its two renames, or has died there
             with suppress(OSError):
@@ -144,29 +146,31 @@ def _put(fresh: Path, path: Path, names: Collection[str], locks: list[int]) -> b
                     _release(previous)
         recover(path, names)
         if path.exists():
-            return False
+            return None
+        fresh.chmod(mode)
         try:
             fresh.rename(path)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                return False
+                return None
             raise
-        return True
+        return mode
     if (old := _locked(path)) is None:
-        return False
-    locks.append(old)  # another save of this path waits until this one is done
+        return None
+    locks.callback(_release, old)  # another save of this path waits until this one is done
     found = os.fstat(old)
+    mode = stat.S_IMODE(found.st_mode)
     for made in (fresh, *(file for file in fresh.iterdir() if file.name in names)):
         with suppress(OSError):  # a group that one is no member of, or that is unknown in a container
             os.chown(made, -1, found.st_gid)
-    fresh.chmod(stat.S_IMODE(found.st_mode) | stat.S_IRWXU)
+    fresh.chmod(mode | stat.S_IRWXU)
     for entry in os.scandir(path):
         if entry.name not in names and not entry.is_dir(follow_symlinks=False):
             with suppress(OSError):  # no hard links here: it is moved
                 os.link(entry.path, fresh / entry.name, follow_symlinks=False)
     _flush(fresh)
     exchange(fresh, path)
-    return True
+    return mode
 
 
 def _clear(left: Path, path: Path, names: Collection[str]) -> None:

@@ -151,6 +151,31 @@ def test_the_group_and_mode_of_the_directory_stay(tmp_path: Path) -> None:
     assert {file.stat().st_gid for file in (tmp_path / "vit", *(tmp_path / "vit").iterdir())} == {1234}
 
 
+def test_a_directory_that_nobody_may_write_in_stays_one(tmp_path: Path) -> None:
+    saved(tmp_path / "vit")
+    (tmp_path / "vit/runs").mkdir()
+    (tmp_path / "vit").chmod(0o555)
+    saved(tmp_path / "vit")
+    assert (tmp_path / "vit").stat().st_mode & 0o7777 == 0o555
+    assert sorted(os.listdir(tmp_path / "vit")) == [*FILES, "runs"]
+
+
+def test_nobody_else_reads_what_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes, inner = [], os.fsync
+
+    def looked_at(handle: int) -> None:
+        modes.extend(folder.stat().st_mode & 0o777 for folder in tmp_path.glob(".vit.writing-*"))
+        inner(handle)
+
+    monkeypatch.setattr(os, "fsync", looked_at)
+    for want in (0o755, 0o700):
+        saved(tmp_path / "vit")
+        (tmp_path / "vit").chmod(want)
+        saved(tmp_path / "vit")
+        assert (tmp_path / "vit").stat().st_mode & 0o777 == want
+    assert set(modes) == {0o700}
+
+
 def test_a_group_that_cannot_be_given_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def chown(*_: object) -> None:  # EINVAL: of a group that a container's user namespace does not know
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
