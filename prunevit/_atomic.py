@@ -89,7 +89,7 @@ def replace_directory(path: Path, write: Callable[[Path], None], names: Collecti
             _flush(path.parent)
         finally:
             if fresh.exists():  # the old directory, or what an error left
-                _clear(fresh, path, names)
+                _clear(fresh, path, names, newest=True)
         if found != found | stat.S_IRWXU:
             path.chmod(found)  # nobody may write in it: last, for what has followed had to
 
@@ -173,15 +173,15 @@ def _put(fresh: Path, path: Path, names: Collection[str], locks: ExitStack, mode
     return mode
 
 
-def _clear(left: Path, path: Path, names: Collection[str]) -> None:
+def _clear(left: Path, path: Path, names: Collection[str], *, newest: bool) -> None:
     """Remove what a save of ``path`` made beside it; what is somebody else's in it goes to ``path``."""
     if left in left_beside(path, "writing"):
         shutil.rmtree(left)
     else:
-        _empty(left, path, names)
+        _empty(left, path, names, newest)
 
 
-def _empty(old: Path, path: Path, names: Collection[str]) -> None:
+def _empty(old: Path, path: Path, names: Collection[str], newest: bool) -> None:
     """Remove a directory and its ``names``; what else is in it goes to ``path``. Raises :class:`OSError`: it stays."""
     _make_writable(old)
     while True:
@@ -189,7 +189,7 @@ def _empty(old: Path, path: Path, names: Collection[str]) -> None:
             if entry.name in names:
                 entry.unlink()
             else:
-                _move(entry, path / entry.name)
+                _move(entry, path / entry.name, newest)
         try:
             return old.rmdir()
         except OSError as error:
@@ -197,8 +197,8 @@ def _empty(old: Path, path: Path, names: Collection[str]) -> None:
                 raise  # else someone has written in it since it was listed
 
 
-def _move(source: Path, target: Path) -> None:
-    """Rename. Where both are there, directories become one, and of two files the newer stays."""
+def _move(source: Path, target: Path, newest: bool) -> None:
+    """Rename. Where both are there, directories become one, and of two files the target or the ``newest`` stays."""
     here = source.lstat()
     is_folder = stat.S_ISDIR(here.st_mode)
     try:
@@ -210,11 +210,11 @@ def _move(source: Path, target: Path) -> None:
             target.chmod(stat.S_IMODE(here.st_mode))
         return
     if is_folder and stat.S_ISDIR(there.st_mode):
-        _empty(source, target, ())
-    elif os.path.samestat(here, there) or here.st_mtime_ns <= there.st_mtime_ns:
-        source.unlink()
-    else:
+        _empty(source, target, (), newest)
+    elif newest and here.st_mtime_ns > there.st_mtime_ns:
         source.replace(target)
+    else:
+        source.unlink()
 
 
 def _make_writable(folder: Path) -> bool:
@@ -235,7 +235,7 @@ def recover(path: Path, names: Collection[str]) -> None:
                 if left in previous and not path.exists():
                     left.rename(path)
                 elif alone and os.path.samestat(os.fstat(handle), os.stat(left)):
-                    _clear(left, path, names)
+                    _clear(left, path, names, newest=False)
             finally:
                 _release(handle)
 

@@ -33,10 +33,11 @@ class Snapshot:
         self._dicts += [m._buffers for m in modules if m._buffers]
         self._lengths, self._values = list(map(len, self._dicts)), list(_values(self._dicts))
         # the only attributes of these modules that change in place
-        self._lists = [value for m in modules for value in m.__dict__.values() if type(value) is list]
+        self._lists = [value for m in modules for value in list(m.__dict__.values()) if type(value) is list]
         self._copies = [value.copy() for value in self._lists]
         owned = [(name, module) for name, module in root.named_modules() if module._parameters]
         self._owners: list[dict[str, Any]] = [module._parameters for _, module in owned]
+        self._keys = list(chain.from_iterable(self._owners))
         self._present = list(map(is_not, _values(self._owners), repeat(None)))
         self.names = [
             f"{name}.{key}" if name else key
@@ -67,6 +68,8 @@ class Snapshot:
             and list(map(len, self._dicts)) == self._lengths
             and not any(map(is_not, _values(self._dicts), self._values))
             and [type(root), *map(type, self._parts)] == self._types
+            # a parameter deleted and set again comes last
+            and list(chain.from_iterable(self._owners)) == self._keys
             and list(map(is_not, _values(self._owners), repeat(None))) == self._present
             and self._lists == self._copies
         )

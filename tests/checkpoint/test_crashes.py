@@ -141,6 +141,22 @@ def test_saves_at_once_all_come_through(tmp_path: Path) -> None:
     assert (tmp_path / "vit/notes.txt").read_text() == "kept"
 
 
+def test_what_was_put_there_after_a_crash_stays(tmp_path: Path) -> None:
+    """Also where it is older than what the crash left, as a copy with its times is."""
+    saved(tmp_path / "vit")
+    saved(tmp_path / ".vit.saving-0123abcd")
+    for directory in (tmp_path / "vit", tmp_path / ".vit.saving-0123abcd"):
+        (directory / "runs").mkdir()
+        for name in ("notes.txt", "runs/log.txt"):
+            (directory / name).write_text(directory.name)
+            os.utime(directory / name, (1, 1) if directory.name == "vit" else None)
+    (tmp_path / ".vit.saving-0123abcd/runs/lost.txt").write_text("brought over")
+    saved(tmp_path / "vit")
+    texts = {file.name: file.read_text() for file in (tmp_path / "vit").rglob("*.txt")}
+    assert texts == {"notes.txt": "vit", "log.txt": "vit", "lost.txt": "brought over"}
+    assert os.listdir(tmp_path) == ["vit"]
+
+
 def test_saves_take_turns_where_directories_cannot_be_exchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
