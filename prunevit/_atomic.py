@@ -165,12 +165,20 @@ def _put(fresh: Path, path: Path, names: Collection[str], locks: ExitStack, mode
             os.chown(made, -1, found.st_gid)
     fresh.chmod(mode | stat.S_IRWXU)
     for entry in os.scandir(path):
-        if entry.name not in names and not entry.is_dir(follow_symlinks=False):
+        if not _is_own(Path(entry), names) and not entry.is_dir(follow_symlinks=False):
             with suppress(OSError):  # no hard links here: it is moved
                 os.link(entry.path, fresh / entry.name, follow_symlinks=False)
     _flush(fresh)
     exchange(fresh, path)
     return mode
+
+
+def _is_own(entry: Path, names: Collection[str]) -> bool:
+    """Whether an entry is one of ``names``, in other letters too where the file system makes no difference."""
+    same = entry.with_name(entry.name.casefold())
+    return entry.name in names or (
+        same.name in names and same.exists() and os.path.samestat(same.lstat(), entry.lstat())
+    )
 
 
 def _clear(left: Path, path: Path, names: Collection[str], *, newest: bool) -> None:
@@ -185,8 +193,8 @@ def _empty(old: Path, path: Path, names: Collection[str], newest: bool) -> None:
     """Remove a directory and its ``names``; what else is in it goes to ``path``. Raises :class:`OSError`: it stays."""
     _make_writable(old)
     while True:
-        for entry in list(old.iterdir()):
-            if entry.name in names:
+        for entry, own in [(entry, _is_own(entry, names)) for entry in old.iterdir()]:
+            if own:
                 entry.unlink()
             else:
                 _move(entry, path / entry.name, newest)

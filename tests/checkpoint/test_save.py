@@ -60,6 +60,14 @@ def test_replacing_keeps_other_files_and_drops_the_old_plan(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["vit"]
 
 
+def test_a_name_in_other_letters_is_another_file_only_where_it_is_one(tmp_path: Path) -> None:
+    saved(tmp_path / "vit")
+    (tmp_path / "vit/Plan.json").hardlink_to(tmp_path / "vit/plan.json")  # as a case-insensitive file system has it
+    (tmp_path / "vit/Config.json").write_text("mine")
+    checkpoint.save(random_model(SPECS["uniform"]), tmp_path / "vit")
+    assert sorted(os.listdir(tmp_path / "vit")) == ["Config.json", "config.json", "model.safetensors"]
+
+
 def test_what_is_written_beside_during_a_save_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that others make, change and hold open while the directories change places."""
     saved(tmp_path / "vit")
@@ -194,9 +202,10 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for seed in range(2):
         saved(tmp_path / "vit", seed=seed)
     (tmp_path / "vit").rename(tmp_path / ".vit.previous-0123abcd")
+    saved(tmp_path / ".vit.saving-0123abcd")
     saved(tmp_path / "vit", "uniform")
     assert checkpoint.load(tmp_path / "vit").spec == SPECS["uniform"]
-    assert os.listdir(tmp_path) == ["vit"]
+    assert sorted(os.listdir(tmp_path)) == [".vit.saving-0123abcd", "vit"], "it may be of a save under way"
 
 
 def test_parents_are_made_and_links_followed(tmp_path: Path) -> None:
