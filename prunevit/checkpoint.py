@@ -9,25 +9,21 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ._atomic import expect_replaceable, left_beside, replace_directory
+from ._atomic import expect_replaceable, replace_directory
 from .errors import CheckpointError, InputError, expect
 from .machine import installed
 from .models.config import Config, config_of, pretrained_cfg_of
-from .models.files import CONFIG, PLAN, parse_json, read_json, read_plan
+from .models.files import CONFIG, PLAN, WEIGHTS, parse_json, read_json, read_plan, unreplaced
 from .models.from_timm import as_pruned
-from .models.registry import WEIGHTS
 from .models.tensors import check_file, check_finite, check_state
 from .models.vit import PrunedViT
-
-T = TypeVar("T")
 
 
 def save(model: PrunedViT, path: str | os.PathLike[str]) -> Path:
@@ -66,7 +62,7 @@ def save(model: PrunedViT, path: str | os.PathLike[str]) -> Path:
 
 def load(path: str | os.PathLike[str]) -> PrunedViT:
     """Read a checkpoint directory. Raises :class:`CheckpointError` or :class:`SpecError`: file, field and reason."""
-    return _unreplaced(Path(path), _load)
+    return unreplaced(Path(path), _load)
 
 
 def _load(directory: Path) -> PrunedViT:
@@ -94,37 +90,7 @@ def model_of(model: str | os.PathLike[str] | nn.Module) -> PrunedViT:
 
 def read_config(path: str | os.PathLike[str]) -> Config:
     """Read and check ``config.json`` of a checkpoint directory; no tensor is touched."""
-    return _unreplaced(Path(path), _read_config)
-
-
-def _unreplaced(directory: Path, read: Callable[[Path], T]) -> T:
-    """What is read from a directory, all of it from the same one: anew if a save has replaced it meanwhile."""
-    while True:
-        try:
-            handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            named: dict[type[Exception], str] = {FileNotFoundError: "none", NotADirectoryError: "a file"}
-            found, hint = named.get(type(error), str(error)), ""
-            if isinstance(error, FileNotFoundError) and (previous := left_beside(directory)):
-                hint = f"; a save was killed halfway: the old one is {previous[0]}"
-            raise CheckpointError(f"{directory}: expected a checkpoint directory, got {found}{hint}") from None
-        try:  # held open, so that no other directory gets its number
-            result = read(directory)
-        except Exception:  # whatever two halves of different checkpoints lead to
-            if _is_still(directory, handle):
-                raise
-        else:
-            if _is_still(directory, handle):
-                return result
-        finally:
-            os.close(handle)
-
-
-def _is_still(directory: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(directory), os.fstat(handle))
-    except FileNotFoundError:
-        return False
+    return unreplaced(Path(path), _read_config)
 
 
 def _read_config(directory: Path) -> Config:

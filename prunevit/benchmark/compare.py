@@ -18,7 +18,7 @@ from prunevit_kernels.target import available_cores, cpu_extension_built
 
 from ..errors import InputError, expect
 from ..interop.onnx import export_onnx
-from ..models.registry import WEIGHTS
+from ..models.files import WEIGHTS
 from .interleaved import Peer, best_of, run_interleaved, speedup, speedups
 from .peers import MODEL_PEERS, build_model, missing, spec_of
 

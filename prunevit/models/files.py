@@ -1,17 +1,51 @@
-"""The JSON files of a checkpoint, read strictly."""
+"""The files of a checkpoint directory, all of one save; its JSON files are read strictly."""
 
 from __future__ import annotations
 
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from .._atomic import left_beside
 from ..errors import CheckpointError
 
-CONFIG, PLAN = "config.json", "plan.json"
+WEIGHTS, CONFIG, PLAN = "model.safetensors", "config.json", "plan.json"
 MAX_BYTES = 2**24  # 16 MiB: the largest timm configuration, with 21,841 described labels, has 2
+
+T = TypeVar("T")
+
+
+def unreplaced(directory: Path, read: Callable[[Path], T]) -> T:
+    """What is read from a directory, all of it from the same one: anew if a save has replaced it meanwhile."""
+    while True:
+        try:
+            handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            named: dict[type[Exception], str] = {FileNotFoundError: "none", NotADirectoryError: "a file"}
+            found, hint = named.get(type(error), str(error)), ""
+            if isinstance(error, FileNotFoundError) and (previous := left_beside(directory)):
+                hint = f"; a save was killed halfway: the old one is {previous[0]}"
+            raise CheckpointError(f"{directory}: expected a checkpoint directory, got {found}{hint}") from None
+        try:  # held open, so that no other directory gets its number
+            result = read(directory)
+        except Exception:  # whatever two halves of different checkpoints lead to
+            if _is_still(directory, handle):
+                raise
+        else:
+            if _is_still(directory, handle):
+                return result
+        finally:
+            os.close(handle)
+
+
+def _is_still(directory: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(directory), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def read_plan(file: Path) -> dict[str, Any] | None:

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, SpecError, expect
 from ..spec import ViTSpec
 from .config import OVERRIDES, config_of, pretrained_cfg_of
-from .files import CONFIG, PLAN, read_json, read_plan
+from .files import CONFIG, PLAN, WEIGHTS, read_json, read_plan, unreplaced
 from .tensors import check_file, check_finite, check_shapes
 from .vit import PrunedViT
 
-WEIGHTS = "model.safetensors"
 SOURCES = ("source", "file", "hf_hub_id")
 
 
@@ -42,6 +41,12 @@ def prunevit(
         raise SpecError("spec: expected model_args with a spec, as prunevit's config.json has them, got none")
     source = spec if isinstance(spec, ViTSpec) else ViTSpec.from_dict(spec)
     cfg = _known_fields(pretrained_cfg) if pretrained_cfg else pretrained_cfg_of(source)
+    if cfg.get("source") == "local-dir":
+        return unreplaced(Path(str(cfg["file"])), lambda _: _created(source, cfg, pretrained, **kwargs))
+    return _created(source, cfg, pretrained, **kwargs)
+
+
+def _created(source: ViTSpec, cfg: dict[str, Any], pretrained: bool, **kwargs: Any) -> nn.Module:
     plan: dict[str, Any] | None = None
     provenance: dict[str, Any] = {}
     if (find := _finder(cfg, kwargs.get("cache_dir"))) is not None:

@@ -133,6 +133,26 @@ def test_plan_and_provenance_come_with_the_weights(tmp_path: Path) -> None:
         created(directory)
 
 
+@pytest.mark.parametrize("when", ["read_json", "check_file", "read_plan", "build_model_with_cfg"])
+def test_a_save_meanwhile_mixes_nothing(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, later = random_model(SPECS["uniform"], seed=1), random_model(SPECS["uniform"], seed=2)
+    for saved, seed in ((model, 1), (later, 2)):
+        saved.plan, saved.provenance = {"seed": seed}, {"seed": seed}
+    directory = checkpoint.save(model, tmp_path / "vit")
+    inner = getattr(registry, when)
+
+    def busy(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(registry, when, inner)
+        result = inner(*args, **kwargs)
+        checkpoint.save(later, directory)
+        return result
+
+    monkeypatch.setattr(registry, when, busy)
+    again = created(directory)
+    assert (again.plan, again.provenance["seed"]) == ({"seed": 2}, 2)
+    assert torch.equal(again.pos_embed, later.pos_embed)
+
+
 def test_half_precision_weights_load_into_fp32(tmp_path: Path) -> None:
     directory = checkpoint.save(random_model(SPECS["uniform"]).to(torch.bfloat16), tmp_path / "vit")
     assert {p.dtype for p in created(directory).parameters()} == {torch.float32}
