@@ -14,6 +14,7 @@ from ..errors import CheckpointError
 
 WEIGHTS, CONFIG, PLAN = "model.safetensors", "config.json", "plan.json"
 MAX_BYTES = 2**24  # 16 MiB: the largest timm configuration, with 21,841 described labels, has 2
+SEARCHED = getattr(os, "O_PATH", os.O_RDONLY)  # a directory that is opened to be known again need not be listed
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ def unreplaced(directory: Path, read: Callable[[Path], T]) -> T:
     """What is read from a directory, all of it from the same one: anew if a save has replaced it meanwhile."""
     while True:
         try:
-            handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            handle = os.open(directory, SEARCHED | os.O_DIRECTORY)
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             named: dict[type[Exception], str] = {FileNotFoundError: "none", NotADirectoryError: "a file"}
             found, hint = named.get(type(error), str(error)), ""

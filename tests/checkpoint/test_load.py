@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,20 @@ def test_a_save_during_a_load_mixes_nothing(when: str, tmp_path: Path, monkeypat
     assert model.plan is not None
     assert model.plan["seed"] == 2
     assert torch.equal(model.pos_embed, random_model(model.spec, seed=2).pos_embed)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_PATH"), reason="only Linux opens a directory without reading it")
+def test_a_directory_that_may_be_searched_but_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "vit")
+    inner = os.open
+
+    def unlisted(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if Path(path).is_dir() and not flags & os.O_PATH:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return inner(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", unlisted)
+    assert checkpoint.load(tmp_path / "vit").plan is not None
 
 
 def test_a_broken_directory_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
