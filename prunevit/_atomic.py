@@ -254,6 +254,7 @@ def _beside(path: Path, kind: str) -> Path:
 
 def left_beside(path: Path, kind: str = "previous") -> list[Path]:
     """What killed saves left: ``previous``, ``saving`` or ``writing``, as this module's first lines say."""
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     return sorted(path.parent.glob(f".{glob.escape(path.name)}.{kind}-" + "[0-9a-f]" * 8))
 
 

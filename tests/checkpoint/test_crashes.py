@@ -80,8 +80,10 @@ def test_a_crash_where_directories_cannot_be_exchanged(tmp_path: Path, run_until
         if not directory.exists():
             between += 1
             (previous,) = directory.parent.glob(".vit.previous-*")
-            with pytest.raises(CheckpointError, match=f"the old one is {previous}"):
-                checkpoint.load(directory)
+            (tmp_path / "link").symlink_to(directory)
+            for path in (directory, tmp_path / "link"):
+                with pytest.raises(CheckpointError, match=f"the old one is {previous}"):
+                    checkpoint.load(path)
             assert checkpoint.load(previous).plan
         else:
             checkpoint.load(directory)
