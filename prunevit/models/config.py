@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..errors import CheckpointError, SpecError
 from ..spec import ViTSpec
 
+LABELS = ("label_names", "label_descriptions")
 DATA_FIELDS = (
-    *("test_input_size", "interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std", "label_names"),
-    *("label_descriptions", "license", "description", "origin_url", "paper_name", "paper_ids", "notes"),
+    *("test_input_size", "interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std", *LABELS),
+    *("license", "description", "origin_url", "paper_name", "paper_ids", "notes"),
 )
 OVERRIDES = ("num_classes", "in_chans", "img_size", "global_pool", "dynamic_img_size", "dynamic_img_pad")
 
@@ -57,6 +58,7 @@ def config_of(data: Mapping[str, Any], file: str | Path) -> Config:
         raise CheckpointError(f"{file}: architecture: expected 'prunevit', got {data.get('architecture')!r:.60}")
     filled = {"prunevit": {}, "global_pool": "", **data}  # timm's own export leaves them out
     args, provenance, cfg = (_object(file, filled, name) for name in ("model_args", "prunevit", "pretrained_cfg"))
+    cfg = {**cfg, **{name: data[name] for name in LABELS if name in data}}  # where timm's export puts given ones
     try:
         spec = ViTSpec.from_dict(_object(file, args, "spec"))
     except SpecError as error:

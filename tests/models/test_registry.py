@@ -267,6 +267,19 @@ def test_timms_export_is_read_back(change: str, read: Callable[[Path], Any], tmp
             assert torch.equal(again(images), model(images))
 
 
+def test_labels_that_timms_export_is_given_are_read_back(tmp_path: Path) -> None:
+    names = [f"class {i}" for i in range(7)]
+    labels = {"label_names": names, "label_descriptions": dict.fromkeys(names, "one of seven")}
+    model = checkpoint.load(checkpoint.save(random_model(SPECS["uniform"]), tmp_path / "vit"))
+    save_for_hf(model, tmp_path / "out", model_config=labels, safe_serialization=True)
+    for again in (created(tmp_path / "out"), checkpoint.load(tmp_path / "out")):
+        assert {name: again.pretrained_cfg[name] for name in labels} == labels
+    config = json.loads((tmp_path / "out/config.json").read_text("utf-8"))
+    (tmp_path / "out/config.json").write_text(json.dumps({**config, "label_names": [1]}), "utf-8")
+    with pytest.raises(CheckpointError, match=r"label_names"):
+        checkpoint.load(tmp_path / "out")
+
+
 def test_timms_export_of_a_converted_model(tmp_path: Path) -> None:
     model = from_timm(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=5)).eval()
     save_for_hf(model, tmp_path / "out", safe_serialization=True)
