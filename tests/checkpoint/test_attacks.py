@@ -155,6 +155,10 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{" * 100_000),
         r"model\.safetensors: expected a safetensors file",
     ),
+    "header_of_a_million_names": (
+        lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 2**24) + b"{".ljust(2**24)),
+        r"model\.safetensors: expected a safetensors file with a header of at most \d{7} bytes, got 16777216",
+    ),
     "header_not_json": (
         lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 100) + b"\xff" * 100_000),
         r"model\.safetensors: expected a safetensors file",
