@@ -32,8 +32,8 @@ def forward(self: Any, x: Tensor, **_: Any) -> Tensor:
     return self.proj(x.transpose(1, 2).reshape(b, n, -1))  # type: ignore[no-any-return]
 
 
-def pruned_vit(*, edit: bool = True, **options: Any) -> VisionTransformer:
-    model = timm_vit()
+def pruned_vit(*, edit: bool = True, model: VisionTransformer | None = None, **options: Any) -> VisionTransformer:
+    model = model or timm_vit()
     heads = {}
     for module in model.modules():
         if isinstance(module, Attention):
@@ -84,14 +84,14 @@ def test_asks_for_the_edits_that_torch_pruning_leaves_to_its_user() -> None:
         from_torch_pruning(pruned_vit(edit=False, **CASES["head_dims_and_width"]))
 
 
+def dense_scale(self: Any, x: Tensor, **_: Any) -> Tensor:
+    self.fused_attn = False
+    self.scale = 2.0
+    return forward(self, x)
+
+
 def test_refuses_a_forward_that_computes_something_else() -> None:
     """One that keeps the dense head's scale, and one that cannot run."""
-
-    def dense_scale(self: Any, x: Tensor, **_: Any) -> Tensor:
-        self.fused_attn = False
-        self.scale = 2.0
-        return forward(self, x)
-
     model = pruned_vit(**CASES["head_dims_and_width"])
     model.blocks[0].attn.forward = MethodType(dense_scale, model.blocks[0].attn)
     with pytest.raises(UnsupportedModel, match="some forward computes something else"):
@@ -99,6 +99,18 @@ def test_refuses_a_forward_that_computes_something_else() -> None:
     del model.blocks[0].attn.forward  # timm's, which reads a width that pruning leaves alone
     with pytest.raises(UnsupportedModel, match="expected a model that runs after pruning"):
         from_torch_pruning(model)
+
+
+def test_no_layer_scale_is_small_enough_to_hide_another_forward() -> None:
+    model = timm_vit(init_values=1e-5)
+    for block in model.blocks:
+        torch.nn.init.constant_(block.ls1.gamma, 1e-5)
+    model = pruned_vit(model=model, **CASES["whole_heads"])
+    agree(from_torch_pruning(model), copy.deepcopy(model))
+    model.blocks[0].attn.forward = MethodType(dense_scale, model.blocks[0].attn)
+    with pytest.raises(UnsupportedModel, match="some forward computes something else"):
+        from_torch_pruning(model)
+    assert bool((model.blocks[0].ls1.gamma == 1e-5).all())
 
 
 def test_refuses_what_is_no_vit() -> None:
