@@ -24,10 +24,10 @@ from ..errors import InputError, MissingPackage, RuntimeMismatch, expect
 from ..models.block import RaggedAttention
 from ..models.vit import PrunedViT
 from ..runtime import Runtime
+from .agreement import TOLERANCE, largest_error
 
 MIN_OPSET, OPSET = 18, 20  # from 20 on GELU is one operator
 MAX_BYTES = 2**31 - 2**20  # what a single protobuf file holds, with room for the graph
-TOLERANCE = 1e-3  # of the largest logit: the same as between a module and its runtime
 
 
 class _PlainAttention(RaggedAttention):
@@ -147,7 +147,7 @@ def _compare(file: Path, source: PrunedViT, batch: int | None) -> None:
         shape = (size, source.spec.in_chans, *source.spec.img_size)
         images = torch.randn(shape, generator=generator, dtype=torch.float32)
         want, got = runtime(images), torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-        error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-12))
+        error = largest_error(got, want)
         if got.shape != want.shape or not error <= TOLERANCE:
             raise RuntimeMismatch(
                 f"expected the ONNX file within {TOLERANCE:g} of the runtime's outputs, got {error:.3g} at batch "

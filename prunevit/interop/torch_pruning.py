@@ -12,8 +12,7 @@ from torch import nn
 from ..errors import UnsupportedModel
 from ..models.from_timm import from_timm
 from ..models.vit import PrunedViT
-
-TOLERANCE = 1e-3  # of the largest logit: the same as between a module and its runtime
+from .agreement import TOLERANCE, largest_error
 
 
 def from_torch_pruning(model: nn.Module) -> PrunedViT:
@@ -61,7 +60,7 @@ def _expect_same(vit: nn.Module, pruned: PrunedViT) -> None:
                 if name.endswith(("ls1.gamma", "ls2.gamma")):
                     gamma.fill_(1)  # a small layer scale would hide what the sublayer computes
             want, got = (model(images.double()) for model in both)
-        error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-12))
+        error = largest_error(got, want)
     except (RuntimeError, TypeError, AttributeError) as reason:
         raise UnsupportedModel(f"expected a model that runs after pruning, got {reason}") from None
     if not error <= TOLERANCE:
