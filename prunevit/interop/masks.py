@@ -21,6 +21,7 @@ from ..models.from_timm import as_pruned
 from ..models.vit import PrunedViT
 from ..pruning import Plan, compact
 from ..pruning.plan import BlockPlan
+from ..pruning.provenance import with_pruning
 from ..spec import BlockSpec
 
 _NAME = re.compile(r"blocks\.(\d+)\.(attn|attn\.qk|attn\.v|mlp)")
@@ -59,7 +60,9 @@ def from_masks(
             if on == "weights":
                 masked.fold_constants()
             kept.append(masked.plan())
-    return compact(dense, Plan(dense=dense.spec, channels=tuple(range(dense.spec.embed_dim)), blocks=tuple(kept)))
+    small = compact(dense, Plan(dense=dense.spec, channels=tuple(range(dense.spec.embed_dim)), blocks=tuple(kept)))
+    small.provenance = with_pruning(small.provenance, ["masks"], {"method": "masks", "on": on})
+    return small
 
 
 @dataclass

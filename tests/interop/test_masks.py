@@ -185,6 +185,16 @@ def test_refuses_other_masks(masks: dict[str, Any], message: str) -> None:
         from_masks(timm_vit(), masks)
 
 
+def test_the_provenance_says_where_the_widths_come_from() -> None:
+    model = timm_vit()
+    model.pretrained_cfg = {"architecture": "vit_tiny_patch16_224"}
+    made = from_masks(model, {"blocks.0.mlp": ones_and_zeros(HIDDEN, seed=1)})
+    entry = {"method": "masks", "on": "activations"}
+    assert made.provenance == {"base_model": "vit_tiny_patch16_224", "method": "masks", "prunings": [entry]}
+    again = from_masks(made, {"blocks.1.mlp": ones_and_zeros(HIDDEN, seed=1)})
+    assert (again.provenance["method"], again.provenance["prunings"]) == ("masks+masks", [entry, entry])
+
+
 def test_refuses_an_unfinished_search() -> None:
     model = timm_vit()
     with pytest.raises(UnsupportedModel, match="searched_zeta"):
