@@ -12,7 +12,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 CPLUSPLUS := $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
-SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
+SOURCES := setup.py setup_cuda.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: demo test check format bench gpu compile-check sanitize clean
 
