@@ -174,7 +174,8 @@ class ViTSpec(Document):
         if self.distilled and self.fc_norm:
             raise ValueError("fc_norm: expected none in a distilled model, whose heads read their tokens directly")
         if (self.global_pool == "map") != (self.attn_pool is not None):
-            raise ValueError(f"attn_pool: goes with global_pool 'map' and no other, got {self.global_pool!r}")
+            got = f"{'none' if self.attn_pool is None else 'one'} with {self.global_pool!r}"
+            raise ValueError(f"attn_pool: expected one with global_pool 'map' and none otherwise, got {got}")
         if self.attn_pool is not None and self.embed_dim % self.attn_pool.num_heads:
             raise ValueError(
                 f"attn_pool.num_heads: expected a divisor of embed_dim {self.embed_dim}, got {self.attn_pool.num_heads}"

@@ -110,8 +110,8 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "distilled_with_registers": ("", {"distilled": True, "reg_tokens": 1}, "distilled: expected a class token"),
     "distilled_with_average": ("", {"distilled": True, "global_pool": "avg"}, "distilled: expected a class token"),
     "distilled_with_fc_norm": ("", {"distilled": True, "fc_norm": True}, "fc_norm: expected none in a distilled"),
-    "map_without_pool": ("global_pool", "map", "attn_pool: goes with global_pool 'map'"),
-    "pool_without_map": ("attn_pool", {"num_heads": 2, "mlp_dim": 4}, "attn_pool: goes with global_pool 'map'"),
+    "map_without_pool": ("global_pool", "map", "attn_pool: expected one .* none otherwise, got none with 'map'"),
+    "pool_without_map": ("attn_pool", {"num_heads": 2, "mlp_dim": 4}, "none otherwise, got one with 'token'"),
     "pool_heads_uneven": (
         "",
         {"global_pool": "map", "attn_pool": {"num_heads": 4, "mlp_dim": 4}},
