@@ -72,6 +72,14 @@ def there_and_back(model: Any) -> None:
     model.float()
 
 
+def set_again(model: Any) -> None:
+    """``torch.nn.utils.prune.remove`` does so: what was first among a module's parameters is now last."""
+    norm = model.blocks[0].norm1
+    weight = norm.weight.detach() * 1.5
+    del norm.weight
+    norm.weight = nn.Parameter(weight)
+
+
 COUNTED: dict[str, Callable[[Any], Any]] = {
     "sgd": lambda m: step(m, torch.optim.SGD(m.parameters(), lr=0.1, foreach=False)),
     "sgd_foreach": lambda m: step(m, torch.optim.SGD(m.parameters(), lr=0.1, foreach=True)),
@@ -93,6 +101,7 @@ COUNTED: dict[str, Callable[[Any], Any]] = {
     "memory_swapped": swap_parameters,
     "to_and_back": there_and_back,
     "parameter_replaced": lambda m: setattr(m.blocks[0].attn.qkv, "weight", nn.Parameter(torch.ones(72, 24))),
+    "parameters_set_again": set_again,
     "module_replaced": lambda m: setattr(m.blocks[0].mlp, "fc2", nn.Linear(96, 24)),
     "bias_removed": lambda m: setattr(m.blocks[0].mlp.fc2, "bias", None),
     "eps_changed": lambda m: setattr(m.blocks[0].norm1, "eps", 0.5),
