@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -46,12 +47,18 @@ def _prepare(block: Any, parts: Snapshot) -> Ready | None:
         return None
     halves = ((*_ATTENTION, "ls1.gamma"), (*_MLP, "ls2.gamma"))
     names = parts.names
-    if not set(names) <= {*halves[0], *halves[1]}:
-        return None
+    if set(names) != {name for name in chain(*halves) if _weight(block, name) is not None}:
+        return None  # one is a buffer, or a plain tensor
     attention, mlp = ([names.index(name) if name in names else None for name in half] for half in halves)
     sizes = [parameter.shape for parameter in parts.parameters()]
     eps = [block.norm1.eps, block.norm2.eps]
     return Ready(embed_dim, sizes, attention, mlp, heads_of(block.attn), act_of(block.mlp.act), eps)
+
+
+def _weight(block: Any, name: str) -> Any:
+    """What a submodule computes with under this name, parameter or not; None if nothing."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(block.get_submodule(owner), leaf, None)
 
 
 ready: Known[Ready | None] = Known(_prepare)

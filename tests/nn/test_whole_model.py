@@ -15,6 +15,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import tv_tensors
 
@@ -211,16 +212,42 @@ def test_tied_weights_are_one_plan() -> None:
     check_model(model, eager, x)
 
 
-def test_a_weight_that_became_a_buffer() -> None:
+def test_a_parameter_set_again_is_in_the_plan() -> None:
     eager = tiny()
     model, x = accelerate(copy.deepcopy(eager)), images(eager)
-    for each in (eager, model):
-        weight = each.head.weight.detach()
-        del each.head.weight
-        each.head.register_buffer("weight", weight)
     with torch.no_grad():
-        assert model.refusal(x) == "a weight is a buffer"
+        model(x)
+    linear = model.blocks[0].mlp.fc1
+    prune.identity(linear, "weight")
+    prune.remove(linear, "weight")
+    assert list(linear._parameters) == ["bias", "weight"]
+    assert whole(model, x)
     check_model(model, eager, x)
+
+
+@pytest.mark.parametrize("way", ["buffer", "attribute"])
+@pytest.mark.parametrize(
+    "name", ["head.weight", "blocks.0.norm1.bias", "blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.bias"]
+)
+def test_a_weight_that_is_no_parameter(name: str, way: str) -> None:
+    eager = tiny()
+    model, x = accelerate(copy.deepcopy(eager)), images(eager)
+    with torch.no_grad():
+        model(x)
+    for each in (eager, model):
+        path, _, leaf = name.rpartition(".")
+        module = each.get_submodule(path)
+        tensor = getattr(module, leaf).detach()
+        delattr(module, leaf)
+        if way == "buffer":
+            module.register_buffer(leaf, tensor)
+        else:
+            setattr(module, leaf, tensor)
+    with torch.no_grad():
+        reason = model.refusal(x)
+        assert reason == "a weight is a buffer" if way == "buffer" else name in reason
+        got, want = model(x), eager(x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
 def test_whoever_watches_is_named() -> None:
