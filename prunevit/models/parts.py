@@ -60,7 +60,8 @@ def part_refusal(part: Part) -> str | None:
         return f"{name} is {_named(kind_of(module), types)}: expected {' or '.join(_short(types))}"
     if len(module._forward_hooks) or len(module._forward_pre_hooks):
         return f"{name} has a forward hook"
-    return f"{name}.forward is replaced" if "forward" in module.__dict__ else patch_refusal(kind_of(module))
+    own = own_methods(module)
+    return f"{name}.{own[0]} is replaced" if own else patch_refusal(kind_of(module))
 
 
 def first_refusal(parts: Iterable[Part]) -> str | None:
@@ -88,12 +89,23 @@ def _short(types: Iterable[type]) -> list[str]:
     return list(dict.fromkeys(kind.__name__ for kind in types))
 
 
+def own_methods(module: nn.Module) -> list[str]:
+    """The methods of its class that a module has others of for itself."""
+    return [key for key in module.__dict__ if callable(getattr(type(module), key, None))]
+
+
+def made_from_ours(module: nn.Module) -> bool:
+    """Was its class made from one that ``prunevit.accelerate`` gave it?"""
+    kind = type(module)
+    return hasattr(kind, "runs_without") and "runs_without" not in vars(kind)
+
+
 def replaced_refusal(model: nn.Module) -> str | None:
     """Why a module of the tree may not do what its class does: a method of its own."""
     for name, module in model.named_modules():
-        replaced = [key for key in module.__dict__ if callable(getattr(type(module), key, None))]
-        if replaced:
-            return f"{name or type(module).__name__}.{replaced[0]} is replaced"
+        own = own_methods(module)
+        if own:
+            return f"{name or type(module).__name__}.{own[0]} is replaced"
     return None
 
 

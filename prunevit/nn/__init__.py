@@ -15,7 +15,7 @@ from prunevit_kernels.library import packs
 from ..errors import UnsupportedModel
 from ..models.block import Block as EagerBlock
 from ..models.block import RaggedAttention as EagerAttention
-from ..models.parts import kind_of
+from ..models.parts import kind_of, made_from_ours
 from ._attention import AttentionOnKernels, RaggedAttention
 from ._block import EagerBlockOnKernels, RaggedBlock, TimmBlockOnKernels
 from ._mlp import FusedMlp, MlpOnKernels
@@ -82,11 +82,10 @@ def restore(model: Model) -> Model:
     the one that :func:`accelerate` gave it (FSDP does so): what that class adds would be lost.
     """
     for name, module in model.named_modules():
-        kind = type(module)
-        if hasattr(kind, "runs_without") and "runs_without" not in vars(kind):
+        if made_from_ours(module):
             raise UnsupportedModel(
-                f"{name or 'the model'} is a {kind.__name__}, made from the class that accelerate gave it: expected "
-                "that one; restore a model before you subclass or shard it"
+                f"{name or 'the model'} is a {type(module).__name__}, made from the class that accelerate gave it: "
+                "expected that one; restore a model before you subclass or shard it"
             )
     packs.drop(chain(model.parameters(), model.buffers()))
     for module in model.modules():

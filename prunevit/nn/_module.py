@@ -19,7 +19,7 @@ from prunevit_kernels import BackendName
 from prunevit_kernels.target import BUILD_COMMAND, HALF, cpu_extension_built
 
 from ..errors import InputError, expect
-from ..models.parts import Part, kind_of, part_refusal, patch_refusal
+from ..models.parts import Part, kind_of, made_from_ours, own_methods, part_refusal, patch_refusal
 from ._snapshot import Known
 
 Backend = BackendName | Literal["auto"]
@@ -62,7 +62,11 @@ class KernelModule(nn.Module):
 
     def _look(self) -> str | None:
         """Why kernels cannot stand for the module and its submodules, their tensors aside."""
-        return patch_refusal(kind_of(self))
+        if made_from_ours(self):
+            return f"it is a {type(self).__name__}, made from the class that accelerate gave it"
+        # a forward of its own has run already, and asked for this one
+        own = [name for name in own_methods(self) if name != "forward"]
+        return f"{own[0]} is replaced" if own else patch_refusal(kind_of(self))
 
     def _own_refusal(self) -> str | None:
         """``_look``, taken once for each state of the submodules; a graph that is traced guards on them itself."""

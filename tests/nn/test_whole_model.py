@@ -24,7 +24,7 @@ from prunevit.errors import UnsupportedModel
 from prunevit.nn import accelerate, restore
 from prunevit_kernels.library import packs
 from tests.nn.models import check_model, images, randomise, tiny
-from tests.nn.test_accelerate import SWITCHES
+from tests.nn.test_accelerate import SWITCHES, subclassed
 from tests.specs import SPECS, random_images, random_model
 
 pytestmark = pytest.mark.filterwarnings("error:.*reference path")
@@ -174,6 +174,38 @@ def test_a_class_made_from_a_modules_own(make: Callable[[], Any], name: str, cal
         got, want = model(x), eager(x)
     assert before is None or (want - before).abs().max() > 1e-3 * before.abs().max()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+# what a block computes with besides its forward
+OWN_METHODS: dict[str, Callable[[Any], Any]] = {
+    "a_modules_own": lambda m: setattr(m.blocks[0].attn, "_attend", lambda q, k, v, mask, c: 0 * v),
+    "a_blocks_own": lambda m: setattr(m.blocks[0], "_mlp_half", lambda x: x),
+    "a_classs": lambda m: subclassed(m.blocks[0], _mlp_half=lambda self, x: x),
+}
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+@pytest.mark.parametrize("name", OWN_METHODS)
+def test_a_method_that_is_no_forward(name: str, called_before: bool) -> None:
+    eager = random_model(SPECS["uniform"])
+    model, x = accelerate(copy.deepcopy(eager)), random_images(SPECS["uniform"])
+    with torch.no_grad():
+        before = model(x) if called_before else None
+    for each in (eager, model):
+        OWN_METHODS[name](each)
+    assert not whole(model, x)
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="reference path"):
+        got, want = model(x), eager(x)
+    assert before is None or (want - before).abs().max() > 1e-3 * before.abs().max()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+def test_an_empty_class_of_ones_own_is_no_kernels() -> None:
+    model = accelerate(tiny())
+    subclassed(model.blocks[0])
+    with torch.no_grad():
+        reason = model.blocks[0].refusal(torch.ones(1, 7, 24))
+    assert reason == "it is a Mine, made from the class that accelerate gave it"
 
 
 @pytest.mark.parametrize(
