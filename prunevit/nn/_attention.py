@@ -16,7 +16,7 @@ from ..models.block import init_linear
 from ..models.from_timm import scale_of
 from ..models.parts import attention_parts
 from ..spec import BlockSpec, ViTSpec
-from ._module import KernelModule, parts_refusal, tensors_refusal
+from ._module import KernelModule, given, parts_refusal, tensors_refusal
 
 
 class Heads(NamedTuple):
@@ -63,6 +63,8 @@ class AttentionOnKernels(KernelModule):
         self_: Any = self
         if self_.qkv is None:
             return "it has no heads"
+        if not isinstance(x, Tensor):
+            return f"x is a {type(x).__name__}"
         if x.dim() != 3:
             return f"x has {x.dim()} dimensions"
         reason = self._call_refusal(x, attn_mask, is_causal) or self._own_refusal()
@@ -78,11 +80,14 @@ class AttentionOnKernels(KernelModule):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        reason = "token scores are asked for" if args or kwargs else self.refusal(x, attn_mask, is_causal)
+        if args or kwargs:
+            self._tell("token scores are asked for")
+            return super().forward(x, attn_mask, is_causal, *args, **kwargs)
+        reason = self.refusal(x, attn_mask, is_causal)
         if reason is None:
             return torch.ops.prunevit.attention(x, *self._tensors(), *heads_of(self), *self._how)
         self._tell(reason)
-        return super().forward(x, attn_mask, is_causal, *args, **kwargs)
+        return super().forward(x, **given(attn_mask, is_causal))
 
 
 class RaggedAttention(AttentionOnKernels, EagerAttention):

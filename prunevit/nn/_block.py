@@ -24,7 +24,7 @@ from ._attention import (
     widths_refusal,
 )
 from ._mlp import mlp_refusal
-from ._module import KernelModule, parts_refusal, tensors_refusal, watched
+from ._module import KernelModule, given, parts_refusal, tensors_refusal, watched
 from ._ready import ready, tensors
 
 
@@ -43,6 +43,8 @@ class BlockOnKernels(KernelModule):
         return mlp is not None and not isinstance(mlp, nn.Sequential)
 
     def refusal(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
+        if not isinstance(x, Tensor):
+            return f"x is a {type(x).__name__}"
         if x.dim() != 3:
             return f"x has {x.dim()} dimensions"
         reason = self._call_refusal(x, attn_mask, is_causal) or self._own_refusal()
@@ -166,7 +168,7 @@ class TimmBlockOnKernels(BlockOnKernels):
         if reason is None:
             return self._whole(x)[0]
         self._tell(reason)
-        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[no-any-return]
+        return super().forward(x, **given(attn_mask, is_causal))  # type: ignore[no-any-return]
 
 
 class EagerBlockOnKernels(BlockOnKernels):

@@ -24,6 +24,8 @@ class MlpOnKernels(KernelModule):
     """An MLP x [..., in] -> [..., out] on kernels."""
 
     def refusal(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
+        if not isinstance(x, Tensor):
+            return f"x is a {type(x).__name__}"
         if x.dim() < 2:
             return f"x has {x.dim()} dimensions"
         reason = self._call_refusal(x, attn_mask, is_causal) or self._own_refusal()

@@ -24,7 +24,7 @@ from ..runtime.engine import Engine
 from ..runtime.plan import make_plan
 from ..spec import ViTSpec
 from ._block import BlockOnKernels
-from ._module import KernelModule, tensors_refusal, watched
+from ._module import KernelModule, given, tensors_refusal, watched
 from ._snapshot import Known, Snapshot
 
 MAX_PROGRAMS = 4  # input shapes that a pack keeps buffers for
@@ -58,7 +58,7 @@ class ModelOnKernels(KernelModule):
         found = self._whole(x, attn_mask, is_causal)
         if not isinstance(found, str):
             return _run(x, *found, self.kernel_options.backend, self.kernel_options.check == "versions")
-        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return super().forward(x, **given(attn_mask, is_causal))
 
     def refusal(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
         """Why a call runs block by block, in which case each block says what it can; None if it runs as one plan."""

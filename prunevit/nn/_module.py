@@ -178,6 +178,15 @@ def _warn_once(token: int, module: str, reason: str) -> None:
         warnings.warn(f"{module} runs on the reference path: {reason}", RuntimeWarning, stacklevel=4)
 
 
+def given(attn_mask: Any, is_causal: Any) -> dict[str, Any]:
+    """What a call asks for besides x: a forward that somebody put in an eager one's place may take nothing else.
+
+    By identity, since a symbolic trace has no truth values.
+    """
+    asked: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
+    return asked if is_causal is False else {**asked, "is_causal": is_causal}
+
+
 def with_kernels(kind: type[nn.Module], mixin: type[KernelModule], name: str) -> type[Any]:
     """The class of ``kind``'s modules once they run on kernels: same state, same calls, one more base."""
     return type(name, (mixin, kind), {"__module__": kind.__module__, "runs_without": kind, "__doc__": mixin.__doc__})

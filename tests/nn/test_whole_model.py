@@ -233,6 +233,26 @@ def test_a_method_replaced_for_all(kind: Any, monkeypatch: pytest.MonkeyPatch) -
     assert whole(model, x)
 
 
+def plain_block(self: Any, x: Any) -> Any:
+    x = x + self.attn(self.norm1(x))
+    return x + 2 * self.mlp(self.norm2(x))
+
+
+def plain_model(self: Any, x: Any) -> Any:
+    return 2 * self.forward_head(self.forward_features(x))
+
+
+@pytest.mark.parametrize(("kind", "forward"), [(TimmBlock, plain_block), (VisionTransformer, plain_model)])
+def test_a_replaced_forward_is_given_what_a_call_gives(kind: Any, forward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It need not know of masks."""
+    eager = tiny()
+    model, x = accelerate(copy.deepcopy(eager)), images(eager)
+    monkeypatch.setattr(kind, "forward", forward)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(model(x), eager(x), rtol=1e-4, atol=1e-4)
+
+
 def test_tied_weights_are_one_plan() -> None:
     eager = tiny("deit_tiny_distilled_patch16_224")
     eager.head_dist.weight = eager.head.weight
