@@ -123,6 +123,9 @@ def spec_of(model: nn.Module) -> ViTSpec:
         check_shapes(spec, shapes_of(model), "state_dict")
     except (SpecError, CheckpointError) as error:
         raise UnsupportedModel(f"{type(model).__name__}: {error}") from None
+    if vit.num_prefix_tokens != spec.num_prefix_tokens:
+        what = f"expected {spec.num_prefix_tokens}, as many as the model has"
+        raise UnsupportedModel(f"num_prefix_tokens is {vit.num_prefix_tokens}: {what}")
     return spec
 
 

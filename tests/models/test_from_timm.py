@@ -224,6 +224,8 @@ def altered(change: str) -> nn.Module:
         block.attn.qkv = nn.Linear(width, 3 * width - 6)
     elif change == "no_positions":
         model.pos_embed = None
+    elif change == "more_prefix_tokens":
+        model.num_prefix_tokens = 3
     elif change == "pool_query_norm":
         model.attn_pool.q_norm = LayerNorm(model.attn_pool.head_dim)
     elif change == "pool_activation":
@@ -273,6 +275,7 @@ ATTRIBUTES = {
     "adapter": r"blocks\.1\.attn\.proj is Sequential",
     "pruned_rows": r"blocks\.1\.attn\.qkv\.weight",
     "no_positions": r"pos_embed is None",
+    "more_prefix_tokens": r"num_prefix_tokens is 3: expected 1, as many as the model has$",
     "pool_query_norm": r"attn_pool\.q_norm is LayerNorm",
     "pool_activation": r"attn_pool\.mlp\.act",
     "pool_of_its_tokens": r"attn_pool\.pool is 'avg'",

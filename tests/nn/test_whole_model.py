@@ -129,6 +129,14 @@ def test_a_change_is_seen(name: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
+def test_prefix_tokens_that_a_pool_leaves_out() -> None:
+    eager = tiny(reg_tokens=1, global_pool="avg")
+    eager.num_prefix_tokens = 3
+    model, x = accelerate(copy.deepcopy(eager)), images(eager)
+    assert not whole(model, x)
+    check_model(model, eager, x)
+
+
 def test_a_pruned_model_that_left_its_spec() -> None:
     """Its modules are what counts."""
     for change in (
