@@ -141,7 +141,7 @@ class Pack:
     """``value`` = ``make(target, *weights)``, and how to tell whether those weights have changed since."""
 
     def __init__(self, weights: Weights, target: Target, make: Callable[..., Any], trust: bool) -> None:
-        self.target = target
+        self.target, self.addresses = target, _addresses(weights)
         tensors = [w for w in weights if w is not None]
         if trust:
             optimiser_steps.watch()
@@ -162,6 +162,10 @@ class Pack:
         return not any(t.is_inference() for t in tensors) and [_stamp(t) for t in tensors] == self.stamps
 
 
+def _addresses(weights: Weights) -> list[int | None]:
+    return [None if w is None else w.data_ptr() for w in weights]
+
+
 def _stamp(tensor: Tensor) -> tuple[object, ...]:
     layout = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
     return (optimiser_steps.on(tensor), tensor._version, *layout)
@@ -178,8 +182,8 @@ def _tied_to(tensor: Tensor, compared: bool) -> Any:
 class PackCache:
     """Packs by the identity of the tensors they come from. Thread-safe.
 
-    An entry goes when one of its tensors does, or when these have been packed for two targets since, such as other
-    thread counts. Of packs without tensors the last ones stay.
+    An entry goes when one of its tensors does, or when their memory has been packed twice since, for other targets such
+    as thread counts, or of other parameters. Of packs without tensors the last ones stay.
     """
 
     def __init__(self) -> None:
@@ -212,21 +216,38 @@ class PackCache:
             # an old pack's memory is free before the new one asks for as much
             self._packs.pop(key, None)
             del entry
-            pack = Pack(weights, target, make, trust_versions)
+            pack = self._shared(key, weights)
+            if pack is None:
+                pack = Pack(weights, target, make, trust_versions)
+                self.made += 1
             # no lock in the callback: it may run in the middle of anything, and pop is atomic
             forget = partial(_forget, weakref.ref(self), key)
             tied = [_tied_to(w, pack.copies is not None) for w in weights if w is not None]
             self._packs[key] = pack, [weakref.ref(one, forget) for one in tied]
-            self.made += 1
-            self._leave_out(kind, key)
+            self._leave_out(key, weights)
             return pack
 
-    def _leave_out(self, kind: Hashable, key: tuple[Hashable, ...]) -> None:
+    def _shared(self, key: tuple[Hashable, ...], weights: Weights) -> Pack | None:
+        """One made of other parameters on the same memory: only contents say that it is of these too."""
+        packs = [pack for known, pack in self._of_memory(key, weights) if known[1] == key[1]]
+        return next((pack for pack in packs if pack.copies is not None and pack.is_of(weights)), None)
+
+    def _leave_out(self, key: tuple[Hashable, ...], weights: Weights) -> None:
         """Entries beside a new one that would otherwise stay for as long as their tensors, or for ever."""
-        targets = [known for known in list(self._packs) if known[2:] == key[2:] and known[0] == kind]
+        same = [known for known, _ in self._of_memory(key, weights)]
         untied = [known for known, (_, tied) in list(self._packs.items()) if not tied]
-        for old in targets[:-MOST_TARGETS] + untied[:-MOST_UNTIED]:
+        for old in same[:-MOST_TARGETS] + untied[:-MOST_UNTIED]:
             self._packs.pop(old, None)
+
+    def _of_memory(self, key: tuple[Hashable, ...], weights: Weights) -> list[tuple[tuple[Hashable, ...], Pack]]:
+        """Entries of the same tensors or of others on their memory, for any target; the last made comes last."""
+        kind, _, trusted, *ids = key
+        where = _addresses(weights)
+        return [
+            (known, pack)
+            for known, (pack, _) in list(self._packs.items())
+            if known[0] == kind and known[2] == trusted and (list(known[3:]) == ids or pack.addresses == where)
+        ]
 
     def drop(self, tensors: Iterable[Tensor]) -> None:
         """Every pack of any of these."""

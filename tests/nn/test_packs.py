@@ -19,7 +19,7 @@ from torch import nn
 
 from prunevit.nn import accelerate, restore
 from prunevit_kernels import Target
-from prunevit_kernels._packs import MOST_UNTIED, PackCache, same_bytes
+from prunevit_kernels._packs import MOST_TARGETS, MOST_UNTIED, PackCache, same_bytes
 from prunevit_kernels.library import packs
 from tests.nn.models import check_model, images, randomise, tiny
 
@@ -293,6 +293,41 @@ def test_packs_of_thread_counts_that_are_gone_are_not_kept() -> None:
         torch.set_num_threads(threads)
     assert len(packs) == alive + 2
     assert packs.made == made
+
+
+def test_packs_of_parameters_on_memory_that_stays_are_bounded() -> None:
+    """A kept state keeps the memory, whose parameters come and go."""
+    gc.collect()
+    alive, state = len(packs), {name: tensor.clone() for name, tensor in tiny().state_dict().items()}
+    for _ in range(5):
+        model = accelerate(tiny())
+        model.load_state_dict(state, assign=True)
+        with torch.no_grad():
+            model(images(model))
+            model.forward_features(images(model))
+        state["norm.weight"].mul_(1.5)
+        state["blocks.0.norm1.weight"].mul_(1.5)
+        state["blocks.1.norm1.weight"].mul_(1.5)
+    del model
+    gc.collect()
+    assert len(packs) - alive <= 3 * MOST_TARGETS
+
+
+def test_models_on_the_same_memory_share_a_pack() -> None:
+    gc.collect()
+    alive, state = len(packs), tiny().state_dict()
+    models = [accelerate(tiny()) for _ in range(4)]
+    for model in models:
+        model.load_state_dict(state, assign=True)
+    made = packs.made
+    with torch.no_grad():
+        want = models[0](images(models[0]))
+        for model in models * 2:
+            assert torch.equal(model(images(model)), want)
+    assert packs.made == made + 1
+    del model, models, state
+    gc.collect()
+    assert len(packs) == alive
 
 
 def test_a_view_that_goes_leaves_no_pack() -> None:
