@@ -111,7 +111,8 @@ def compare(
     by default. Raises :class:`InputError` for a peer that is unknown or not installed, :class:`PeerFailed` for one that
     ends early.
     """
-    threads = threads or available_cores()
+    threads = available_cores() if threads is None else threads
+    expect(threads >= 1, InputError, "at least one thread", got=threads)
     expect(batch >= 1, InputError, "a batch of at least one image", got=batch)
     expect(rounds >= 1, InputError, "at least one round", got=rounds)
     names = [name for name in MODEL_PEERS if missing(name) is None] if peers is None else list(peers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +34,7 @@ def choose_target(
     that builds it, where the native extension is missing. Raises :class:`InputError` for what cannot be had here.
     """
     expect(backend in ("auto", *BACKENDS), InputError, f"a backend among auto, {', '.join(BACKENDS)}", got=backend)
-    expect(threads is None or is_count(threads), InputError, "at least one thread", got=threads)
+    threads = available_cores() if threads is None else count(threads, "threads")
     floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     expect(dtype is None or floating, InputError, "a floating torch.dtype such as torch.float32", got=dtype)
     if device is None:
@@ -51,7 +52,7 @@ def choose_target(
     except MissingExtension:
         raise InputError(f"expected the C++ kernels for backend cpu, got none built: build them with {BUILD}") from None
     try:
-        target = Target(chosen, device, dtype, available_cores() if threads is None else threads)
+        target = Target(chosen, device, dtype, threads)
         if native is not None:
             native.isa()  # one that this machine has not, and a pool that is too large, are said here by name
             _ = target.pool
@@ -63,7 +64,13 @@ def choose_target(
 
 def is_count(number: object) -> bool:
     """A whole number of something, at least one."""
-    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= 1
+
+
+def count(number: object, name: str) -> int:
+    """The number, if it is a count, NumPy's too; else an :class:`InputError` that says of what."""
+    expect(is_count(number), InputError, f"{name} to be a whole number of at least 1", got=repr(number))
+    return int(number)  # type: ignore[call-overload, no-any-return]  # a whole number
 
 
 def device_named(name: str | torch.device) -> torch.device:

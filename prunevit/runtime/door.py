@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,16 @@ from torch import Tensor
 
 from ..errors import InputError, expect
 from ..spec import ViTSpec
+from .backend import is_count
+
+
+def size_of(img_size: Any, spec: ViTSpec) -> tuple[int, int]:
+    """Height and width as they were given, or the spec's."""
+    if img_size is None:
+        return spec.img_size
+    fits = isinstance(img_size, Sequence) and len(img_size) == 2 and all(map(is_count, img_size))
+    expect(fits, InputError, "img_size as two whole numbers of pixels, (height, width)", got=repr(img_size))
+    return int(img_size[0]), int(img_size[1])
 
 
 class Door:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from prunevit_kernels import Launch, Target
 
-from ..errors import InputError, expect
 from ..machine import machine
 from ..spec import ViTSpec
+from .backend import count
+from .door import size_of
 from .engine import Program
 from .peaks import PeakProbe, Peaks
 from .plan import Step
@@ -168,9 +169,8 @@ class Explanation:
 
 def explain(runtime: Runtime, batch: int = 1, rounds: int = 20, img_size: tuple[int, int] | None = None) -> Explanation:
     """Measure every step of a runtime's program for one batch size. See :meth:`Runtime.explain`."""
-    expect(batch >= 1, InputError, "a batch of at least one image", got=batch)
-    expect(rounds >= 1, InputError, "at least one round", got=rounds)
-    target, engine, size = runtime.target, runtime._engine, img_size or runtime.spec.img_size
+    batch, rounds, size = count(batch, "batch"), count(rounds, "rounds"), size_of(img_size, runtime.spec)
+    target, engine = runtime.target, runtime._engine
     chance = torch.Generator("cpu").manual_seed(0)
     images = torch.randn(batch, runtime.spec.in_chans, *size, generator=chance, dtype=torch.float32, device="cpu")
     # through the door, for its checks and its padding of odd sizes

@@ -18,8 +18,8 @@ from .. import checkpoint
 from ..errors import InputError, expect
 from ..models.vit import PrunedViT
 from ..spec import ViTSpec
-from .backend import choose_target, is_count, tuned
-from .door import Door
+from .backend import choose_target, count, tuned
+from .door import Door, size_of
 from .engine import Engine
 from .graphs import recorder_for
 from .plan import Plan, make_plan
@@ -58,7 +58,7 @@ class Runtime:
         cuda_graphs: bool = True,
         tuning: str | os.PathLike[str] | None = None,
     ) -> None:
-        expect(is_count(max_programs), InputError, "max_programs of at least 1", got=max_programs)
+        max_programs = count(max_programs, "max_programs")
         source = checkpoint.model_of(model)
         self.spec = source.spec
         self.target = tuned(choose_target(device, dtype, backend, threads), _tuning_file(model, tuning))
@@ -86,7 +86,7 @@ class Runtime:
 
     def plan(self, img_size: tuple[int, int] | None = None) -> Plan:
         """The steps that a call runs, at the spec's image size or another."""
-        return make_plan(self.spec, self._tensors, self.target, img_size or self.spec.img_size)
+        return make_plan(self.spec, self._tensors, self.target, size_of(img_size, self.spec))
 
     @property
     def backend(self) -> BackendName:
@@ -127,8 +127,7 @@ class Runtime:
         and run ``batch_size`` at a time.
         """
         expect(self.spec.num_classes > 0, InputError, "a model with a classifier to predict with", got="num_classes 0")
-        expect(is_count(top_k), InputError, "top_k of at least 1", got=top_k)
-        expect(is_count(batch_size), InputError, "batch_size of at least 1", got=batch_size)
+        top_k, batch_size = count(top_k, "top_k"), count(batch_size, "batch_size")
         if isinstance(images, str | os.PathLike | Image.Image):
             images = [images]
         expect(isinstance(images, Iterable), InputError, "paths or PIL images", got=images)
@@ -146,12 +145,11 @@ class Runtime:
         Several are prepared largest first: the others then share its memory. While a GPU records, PyTorch before 2.13
         has no random numbers for other threads of the process: warm up before they begin.
         """
-        given = list(batch) if isinstance(batch, Iterable) else [batch]
-        expect(all(map(is_count, given)), InputError, "batches of at least one image", got=given)
-        batches = sorted(set(given), reverse=True)
+        given = batch if isinstance(batch, Iterable) else [batch]
+        batches = sorted({count(size, "a batch") for size in given}, reverse=True)
         kept = len(batches) <= self._max_programs
         expect(kept, InputError, f"max_programs of at least {len(batches)} for as many batches", got=self._max_programs)
-        height, width = img_size or self.spec.img_size
+        height, width = size_of(img_size, self.spec)
         for size in batches:
             shape = (size, self.spec.in_chans, height, width)
             images = torch.zeros(shape, dtype=self.dtype, device=self.device)

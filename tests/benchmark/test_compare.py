@@ -101,11 +101,12 @@ def test_a_dispensable_peer_that_hangs_is_left_out() -> None:
         ({"peers": []}, "at least one peer"),
         ({"batch": 0}, "at least one image"),
         ({"rounds": 0}, "at least one round"),
+        ({"threads": 0}, "at least one thread"),
     ],
 )
 def test_refuses_before_it_starts_anything(job: dict[str, str], options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        compare(job, threads=1, **options)  # type: ignore[arg-type]
+        compare(job, **({"threads": 1} | options))  # type: ignore[arg-type]
 
 
 def test_onnx_is_exported_once(job: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

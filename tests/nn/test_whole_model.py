@@ -251,7 +251,9 @@ def plain_model(self: Any, x: Any) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "forward"), [(TimmBlock, plain_block), (VisionTransformer, plain_model)])
-def test_a_replaced_forward_is_given_what_a_call_gives(kind: Any, forward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replaced_forward_is_given_what_a_call_gives(
+    kind: Any, forward: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It need not know of masks."""
     eager = tiny()
     model, x = accelerate(copy.deepcopy(eager)), images(eager)

@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,9 +151,9 @@ def test_leaves_the_runtime_as_it_was() -> None:
     assert torch.equal(runtime(images), before)
 
 
-@pytest.mark.parametrize(("batch", "rounds"), [(0, 1), (1, 0)])
-def test_refuses_nothing_to_measure(batch: int, rounds: int) -> None:
-    with pytest.raises(InputError, match="at least one"):
+@pytest.mark.parametrize(("batch", "rounds"), [(0, 1), (1, 0), (2.0, 1), (True, 1), ("2", 1), (1, 1.5)])
+def test_refuses_nothing_to_measure(batch: Any, rounds: Any) -> None:
+    with pytest.raises(InputError, match="to be a whole number of at least 1"):
         Runtime(random_model(SPECS["uniform"]), device="cpu").explain(batch, rounds)
 
 

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,15 +195,15 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("threads", [0, -1])
 def test_no_threads_is_an_error(threads: int) -> None:
-    with pytest.raises(InputError, match=f"at least one thread, got {threads}"):
+    with pytest.raises(InputError, match=f"threads to be a whole number of at least 1, got {threads}"):
         Runtime(random_model(SPECS["uniform"]), device="cpu", threads=threads)
 
 
 WRONG_OPTIONS = {
-    "programs": ({"max_programs": 0}, "max_programs of at least 1, got 0"),
+    "programs": ({"max_programs": 0}, "max_programs to be a whole number of at least 1, got 0"),
     "too_many_threads": ({"backend": "cpu", "threads": 100_000}, "expected 1 to 1024 threads, got 100000"),
-    "programs_in_words": ({"max_programs": "3"}, "max_programs of at least 1, got 3"),
-    "threads_in_words": ({"threads": "2"}, "at least one thread, got 2"),
+    "programs_in_words": ({"max_programs": "3"}, "max_programs to be a whole number of at least 1, got '3'"),
+    "threads_in_words": ({"threads": "2"}, "threads to be a whole number of at least 1, got '2'"),
     "dtype_in_words": ({"dtype": "fp32"}, "a floating torch.dtype such as torch.float32, got fp32"),
     "integers": ({"dtype": torch.int8}, "a floating torch.dtype such as torch.float32, got torch.int8"),
     "dtype_of_the_cpu_backend": ({"backend": "cpu", "dtype": torch.float16}, "the cpu backend in fp32, got torch.fl"),
@@ -218,8 +219,25 @@ def test_a_wrong_option_is_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("batch", [0, 1.5, [1, 0], [2.5], [2, True], True, "3", [None]])
 def test_warmup_refuses_what_is_no_batch(batch: object) -> None:
-    with pytest.raises(InputError, match="batches of at least one image"):
+    with pytest.raises(InputError, match="a batch to be a whole number of at least 1"):
         Runtime(random_model(SPECS["uniform"]), device="cpu").warmup(batch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [32, (32,), (12, 16, 3), "ab", (12.0, 16), (True, True), (0, 16)])
+def test_what_is_no_image_size_is_refused_by_name(size: Any) -> None:
+    runtime = Runtime(random_model(SPECS["uniform"]), device="cpu")
+    for call in (runtime.plan, lambda size: runtime.warmup(1, size), lambda size: runtime.explain(1, 1, size)):
+        with pytest.raises(InputError, match=r"img_size as two whole numbers of pixels, \(height, width\), got"):
+            call(size)
+
+
+def test_counts_of_numpy_are_counts() -> None:
+    one, two = np.int64(1), np.int32(2)
+    runtime = Runtime(random_model(SPECS["uniform"]), device="cpu", threads=one, max_programs=two)
+    assert set(runtime.warmup([one, two]).warmup(two, [12, 16])._engine.programs) == {(1, 12, 16), (2, 12, 16)}
+    assert '"batch": 2' in runtime.explain(two, one, (np.int64(12), np.int64(16))).to_json()
+    with pytest.raises(InputError, match=r"threads to be a whole number of at least 1, got np\.float64\(2\.0\)"):
+        Runtime(random_model(SPECS["uniform"]), device="cpu", threads=np.float64(2))
 
 
 def test_an_instruction_set_that_is_not_there_is_named() -> None:
@@ -361,7 +379,7 @@ def test_predict_runs_in_batches(count: int) -> None:
         [p.index for p in runtime.predict(picture)[0]] for picture in pictures
     ]
     assert {shape[0] for shape in runtime._engine.programs} <= {1, 2, 3}
-    with pytest.raises(InputError, match="batch_size of at least 1, got 0"):
+    with pytest.raises(InputError, match="batch_size to be a whole number of at least 1, got 0"):
         runtime.predict(pictures, batch_size=0)
 
 
