@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from .vit import PrunedViT
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def expected_shapes(spec: ViTSpec) -> dict[str, tuple[int, ...]]:
+@lru_cache(maxsize=8)  # a model is built for it, and an accelerated one is looked at after each change
+def expected_shapes(spec: ViTSpec) -> Mapping[str, tuple[int, ...]]:
     """Name and shape of every tensor of a spec's state dict."""
     return shapes_of(PrunedViT(spec, device="meta"))
 

@@ -359,6 +359,15 @@ def test_whoever_watches_the_ops_sees_the_blocks() -> None:
     assert [name for name in seen if "prunevit" in name] == ["prunevit.block.default"] * 2
 
 
+def test_a_change_that_leaves_the_shape_builds_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, built = accelerate(tiny()), []
+    assert whole(model, images(model))
+    monkeypatch.setattr("prunevit.models.tensors.PrunedViT", lambda *a, **k: built.append(a))
+    model.step = 1
+    assert whole(model.train().eval(), images(model))
+    assert built == []
+
+
 def test_training_mode_goes_block_by_block() -> None:
     eager = tiny()
     model = accelerate(copy.deepcopy(eager)).train()
