@@ -7,6 +7,7 @@ whose threads would spin on the cores that the kernels need, and none of the las
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -146,7 +147,7 @@ def _run(
 
     def lay_out(target: Target, *copies: Tensor) -> Engine:
         tensors = dict(zip(names, copies))
-        return Engine(lambda size: make_plan(shape.spec, tensors, target, size), target, MAX_PROGRAMS)
+        return Engine(partial(make_plan, shape.spec, tensors, target), target, MAX_PROGRAMS)
 
     pack = packs.get(("vit", shape), weights, target_of(x, backend), lay_out, trust_versions=trust_versions)
     engine: Engine = pack.value

@@ -152,7 +152,7 @@ class Engine:
 
     def __init__(
         self,
-        make_plan: Callable[[tuple[int, int]], Plan],
+        make_plan: Callable[[tuple[int, int], bool], Plan],
         target: Target,
         max_programs: int = 8,
         recorder: Recorder | None = None,
@@ -208,7 +208,8 @@ class Engine:
             self.programs.popitem(last=False)
         if img_size not in self.packed:
             like = next(iter(self.packed.values()), None)
-            self.packed[img_size] = PackedPlan.of(self.make_plan(img_size), self.target, like)
+            plan = self.make_plan(img_size, like is not None)
+            self.packed[img_size] = PackedPlan.of(plan, self.target, like)
         shape, recorded = tuple(images.shape), self.recorder.records
         program = Program(self.packed[img_size], self.target, shape, self.arena, recorded=recorded)
         self.programs[key] = program

@@ -29,17 +29,17 @@ from .walk import pooling
 
 
 class Weights:
-    """A model's tensors by timm's names, in fp64; an absent one is None."""
+    """A model's tensors by timm's names, in fp64; an absent one is None. On the device meta, their shapes."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, Tensor], device: str = "cpu") -> None:
+        self._tensors, self._device = tensors, device
 
     def get(self, name: str) -> Tensor | None:
         tensor = self._tensors.get(name)
-        return None if tensor is None else tensor.detach().to("cpu", torch.float64)
+        return None if tensor is None else tensor.detach().to(self._device, torch.float64)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].detach().to("cpu", torch.float64)
+        return self._tensors[name].detach().to(self._device, torch.float64)
 
     def affine(self, norm: str) -> Tensor:
         """A norm's weight and bias as one tensor [2, E]."""

@@ -53,16 +53,26 @@ class Plan:
 
 
 def make_plan(
-    spec: ViTSpec, tensors: Mapping[str, Tensor], target: Target, img_size: tuple[int, int] | None = None
+    spec: ViTSpec,
+    tensors: Mapping[str, Tensor],
+    target: Target,
+    img_size: tuple[int, int] | None = None,
+    stem_alone: bool = False,
 ) -> Plan:
-    """The plan of ``spec`` with ``tensors`` (timm's names) at ``img_size``, laid out for ``target``."""
-    return _Planner(spec, Weights(tensors), target, img_size or spec.img_size).plan()
+    """The plan of ``spec`` with ``tensors`` (timm's names) at ``img_size``, laid out for ``target``.
+
+    With ``stem_alone`` every other op has shapes alone: another image size changes the values of no other.
+    """
+    return _Planner(spec, tensors, target, img_size or spec.img_size, stem_alone).plan()
 
 
 class _Planner(Walk):
-    def __init__(self, spec: ViTSpec, weights: Weights, target: Target, img_size: tuple[int, int]) -> None:
+    def __init__(
+        self, spec: ViTSpec, tensors: Mapping[str, Tensor], target: Target, img_size: tuple[int, int], stem_alone: bool
+    ) -> None:
         super().__init__(spec, spec.grid_of(img_size))
-        self.weights, self.target = weights, target
+        self.stem_weights, self.target = Weights(tensors), target
+        self.weights = Weights(tensors, "meta") if stem_alone else self.stem_weights
         self.steps: list[Step] = []
 
     def plan(self) -> Plan:
@@ -73,7 +83,7 @@ class _Planner(Walk):
         self.steps.append(Step(name, op, views, macs, block))
 
     def stem(self) -> None:
-        op = patch_embed_op(self.spec, self.weights, self.grid)
+        op = patch_embed_op(self.spec, self.stem_weights, self.grid)
         images = View("images", 0, 0)
         patches = self.grid[0] * self.grid[1]
         self.add("patch_embed", op, images, self.x, macs=patches * op.weight.numel())
@@ -111,11 +121,12 @@ class _Planner(Walk):
 
     def fold_emptied(self, index: int, present: bool, sublayer: str) -> None:
         """An emptied sublayer's bias goes to whoever wrote the residual stream last: no one has read it since."""
-        constant = emptied_bias(self.spec, index, self.weights, sublayer) if present else None
-        if constant is None:
-            return
         at = max(i for i, step in enumerate(self.steps) if isinstance(step.op, PatchEmbed | LinearResidual | FusedMlp))
         step = self.steps[at]
+        weights = self.stem_weights if isinstance(step.op, PatchEmbed) else self.weights
+        constant = emptied_bias(self.spec, index, weights, sublayer) if present else None
+        if constant is None:
+            return
         op = add_constant(step.op, constant)  # type: ignore[arg-type]  # one of the three
         self.steps[at] = Step(step.name, op, step.views, step.macs, step.block)
 

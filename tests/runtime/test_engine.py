@@ -116,6 +116,15 @@ def test_warmup_of_more_batches_than_are_kept_is_refused() -> None:
     assert recordings.recorded == 0
 
 
+def test_another_image_size_asks_for_the_stem_alone() -> None:
+    runtime, asked = Runtime(random_model(SPECS["uniform"].replace(dynamic_img_size=True)), device="cpu"), []
+    make_plan = runtime._engine.make_plan
+    runtime._engine.make_plan = lambda size, stem_alone: asked.append(stem_alone) or make_plan(size, stem_alone)
+    for height in (12, 16, 20):
+        runtime.warmup(1, (height, 16))
+    assert asked == [False, True, True]
+
+
 def test_memory_stays_until_the_last_call_has_ended() -> None:
     """Who drops a runtime waits for it: what it still reads and writes would be another's."""
     there: list[bool] = []

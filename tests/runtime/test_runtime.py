@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,23 @@ def test_other_image_sizes_where_the_spec_allows_them(size: tuple[int, int], pad
     height, width = (size[0] - 1, size[1] - 2) if pad else size
     images = torch.randn(2, 3, height, width) + 3
     assert error(Runtime(model, device="cpu")(images), model(images).detach()) < 1e-4
+
+
+def tensors_of(op: Any) -> dict[str, torch.Tensor]:
+    return {f.name: getattr(op, f.name) for f in fields(op) if isinstance(getattr(op, f.name), torch.Tensor)}
+
+
+@pytest.mark.parametrize("name", [name for name in SPECS if SPECS[name].selection is None])
+def test_another_image_size_folds_the_stem_alone(name: str) -> None:
+    spec = SPECS[name]
+    tensors, target = random_model(spec).state_dict(), Target("torch")
+    size = (spec.img_size[0] + spec.patch_size[0], spec.img_size[1])
+    full, lean = (make_plan(spec, tensors, target, size, alone) for alone in (False, True))
+    assert [(s.name, s.views, s.macs) for s in lean.steps] == [(s.name, s.views, s.macs) for s in full.steps]
+    stem, *others = ((tensors_of(a.op), tensors_of(b.op)) for a, b in zip(lean.steps, full.steps))
+    assert all(torch.equal(got, stem[1][key]) for key, got in stem[0].items())
+    for got, want in others:
+        assert {k: (v.shape, v.device.type) for k, v in got.items()} == {k: (v.shape, "meta") for k, v in want.items()}
 
 
 def test_a_timm_model_runs_as_it_is() -> None:
