@@ -281,34 +281,6 @@ def test_a_scale_that_pytorch_broadcasts() -> None:
         check_model(model, eager, x)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_a_trace_is_the_reference() -> None:
-    eager = tiny()
-    model, x = accelerated(eager), images(eager)
-    with torch.no_grad(), pytest.warns(RuntimeWarning, match=r"torch\.jit\.trace is recording"):
-        traced = torch.jit.trace(model, x)
-    check_model(traced, eager, x)
-
-
-def test_a_symbolic_trace_is_the_reference() -> None:
-    eager = tiny()
-    model, x = accelerated(eager), images(eager)
-    no_mask = {"attn_mask": None, "is_causal": False}
-    with pytest.warns(RuntimeWarning, match="x is a Proxy"):
-        traced = torch.fx.symbolic_trace(model, no_mask)
-    check_model(traced, eager, x)
-    timms = timm.models.create_feature_extractor(model, ["norm"])
-    with torch.no_grad():
-        torch.testing.assert_close(timms(x)["norm"], eager.forward_features(x), rtol=1e-4, atol=1e-4)
-
-
-def test_a_symbolic_trace_of_lone_modules() -> None:
-    eager = nn.Sequential(timm.layers.Mlp(12, 20, 12), Attention(12, 3)).eval()
-    with pytest.warns(RuntimeWarning, match="x is a Proxy"):
-        traced = torch.fx.symbolic_trace(accelerated(eager))
-    check_model(traced, eager, torch.randn(2, 5, 12) + 3)
-
-
 def test_a_replaced_forward_of_an_attention_need_not_know_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     eager, x = nn.Sequential(Attention(12, 3)).eval(), torch.randn(2, 5, 12)
     model = accelerated(eager)

@@ -6,7 +6,10 @@ import copy
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.layers.attention import Attention
+from torch import nn
 
 from prunevit.nn import accelerate, restore
 from tests.nn.models import check_model, images, tiny
@@ -79,3 +82,31 @@ def test_an_export_with_gradients_is_the_reference() -> None:
         program = torch.export.export(model, (images(model),))
     assert ops_in(program.graph) == []
     check_model(program.module(), restore(model), images(model))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_is_the_reference() -> None:
+    eager = tiny()
+    model, x = accelerate(copy.deepcopy(eager)), images(eager)
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match=r"torch\.jit\.trace is recording"):
+        traced = torch.jit.trace(model, x)
+    check_model(traced, eager, x)
+
+
+def test_a_symbolic_trace_is_the_reference() -> None:
+    eager = tiny()
+    model, x = accelerate(copy.deepcopy(eager)), images(eager)
+    no_mask = {"attn_mask": None, "is_causal": False}
+    with pytest.warns(RuntimeWarning, match="x is a Proxy"):
+        traced = torch.fx.symbolic_trace(model, no_mask)
+    check_model(traced, eager, x)
+    timms = timm.models.create_feature_extractor(model, ["norm"])
+    with torch.no_grad():
+        torch.testing.assert_close(timms(x)["norm"], eager.forward_features(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_symbolic_trace_of_lone_modules() -> None:
+    eager = nn.Sequential(timm.layers.Mlp(12, 20, 12), Attention(12, 3)).eval()
+    with pytest.warns(RuntimeWarning, match="x is a Proxy"):
+        traced = torch.fx.symbolic_trace(accelerate(copy.deepcopy(eager)))
+    check_model(traced, eager, torch.randn(2, 5, 12) + 3)
