@@ -212,6 +212,8 @@ class Engine:
             self.packed[img_size] = PackedPlan.of(plan, self.target, like)
         shape, recorded = tuple(images.shape), self.recorder.records
         program = Program(self.packed[img_size], self.target, shape, self.arena, recorded=recorded)
+        if program.images is None:
+            program.first(images)  # compiled here, where what that takes is told
         self.programs[key] = program
         alive = {known[1:] for known in self.programs}
         for stale in [known for known in self.packed if known not in alive]:
