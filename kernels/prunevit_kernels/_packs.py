@@ -128,9 +128,9 @@ class _OptimiserSteps:
 
     def _stepped(self, optimiser: torch.optim.Optimizer, *_: object) -> None:
         for parameter in (p for group in optimiser.param_groups for p in group["params"]):
-            if type(parameter) in (Tensor, torch.nn.Parameter):
+            if type(parameter) in (Tensor, torch.nn.Parameter) and parameter.layout is torch.strided:
                 self._on[parameter.untyped_storage().data_ptr()] += 1
-            else:  # whose memory may be that of others
+            else:  # whose memory may be that of others, or which has no storage to ask
                 self._unknown += 1
 
 
@@ -143,7 +143,7 @@ class Pack:
     def __init__(self, weights: Weights, target: Target, make: Callable[..., Any], trust: bool) -> None:
         self.target, self.addresses = target, _addresses(weights)
         tensors = [w for w in weights if w is not None]
-        if trust:
+        if trust and tensors:
             optimiser_steps.watch()
         # read before the weights are: a write that comes in between makes this pack old, not wrong
         self.stamps = [_stamp(t) for t in tensors] if trust and not any(t.is_inference() for t in tensors) else None
@@ -235,7 +235,7 @@ class PackCache:
     def _leave_out(self, key: tuple[Hashable, ...], weights: Weights) -> None:
         """Entries beside a new one that would otherwise stay for as long as their tensors, or for ever."""
         same = [known for known, _ in self._of_memory(key, weights)]
-        untied = [known for known, (_, tied) in list(self._packs.items()) if not tied]
+        untied = [known for known in list(self._packs) if all(one == id(None) for one in known[3:])]
         for old in same[:-MOST_TARGETS] + untied[:-MOST_UNTIED]:
             self._packs.pop(old, None)
 
@@ -243,11 +243,10 @@ class PackCache:
         """Entries of the same tensors or of others on their memory, for any target; the last made comes last."""
         kind, _, trusted, *ids = key
         where = _addresses(weights)
-        return [
-            (known, pack)
-            for known, (pack, _) in list(self._packs.items())
-            if known[0] == kind and known[2] == trusted and (list(known[3:]) == ids or pack.addresses == where)
-        ]
+        # keys alone: a list of items makes tuples, whose making may collect garbage, whose end takes entries away
+        alike = [known for known in list(self._packs) if known[0] == kind and known[2] == trusted]
+        entries = [(known, entry[0]) for known in alike if (entry := self._packs.get(known)) is not None]
+        return [(known, pack) for known, pack in entries if list(known[3:]) == ids or pack.addresses == where]
 
     def drop(self, tensors: Iterable[Tensor]) -> None:
         """Every pack of any of these."""

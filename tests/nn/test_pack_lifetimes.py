@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from prunevit.nn import accelerate, restore
-from prunevit_kernels._packs import MOST_TARGETS, MOST_UNTIED
+from prunevit_kernels._packs import MOST_TARGETS, MOST_UNTIED, PackCache
 from prunevit_kernels.library import packs
+from prunevit_kernels.target import Target
 from tests.nn.models import images, tiny
 from tests.nn.test_packs import WAYS, accelerated
 
@@ -148,6 +149,35 @@ def test_a_view_that_goes_leaves_no_pack() -> None:
     for rows in (3, 5, 7):
         torch.ops.prunevit.norm_linear(x, base[:rows], None, 1e-6)
     assert len(packs) == alive
+
+
+def test_packs_may_go_while_another_is_made() -> None:
+    """Garbage is collected wherever something is allocated; an old model's packs then go in the middle of it."""
+    held = [torch.ones(2) for _ in range(40)]
+    target = Target("torch")
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.me, self.weight = self, torch.ones(2)
+
+    thresholds = gc.get_threshold()
+    try:
+        for allocations in range(1, 121):
+            cache, old = PackCache(), [Cycle()]
+            for weight in (*held, old[0].weight):
+                cache.get("kind", (weight,), target, lambda *_: None, trust_versions=False)
+
+            def make(*_: object, old: list[Cycle] = old, allocations: int = allocations) -> None:
+                old.clear()
+                gc.set_threshold(gc.get_count()[0] + allocations, 1, 1)
+                gc.enable()
+
+            gc.collect()
+            gc.disable()
+            cache.get("kind", (torch.ones(2),), target, make, trust_versions=False)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
 
 
 def test_packs_without_weights_are_bounded() -> None:

@@ -207,6 +207,18 @@ def test_unchanged_weights_are_packed_once(check: Any, way: str) -> None:
     assert packs.made - made == (1 if way == "whole" else 2)
 
 
+def test_an_optimiser_of_sparse_parameters_steps_on() -> None:
+    """Steps of every optimiser are watched, also of those whose parameters have no storage."""
+    model = accelerated(tiny(), "whole", "versions")
+    sparse = nn.Parameter(torch.eye(3).to_sparse())
+    optimiser = torch.optim.SGD([sparse], lr=0.1)
+    with torch.no_grad():
+        model(images(model))
+    torch.sparse.mm(sparse, torch.ones(3, 1)).sum().backward()
+    optimiser.step()
+    assert torch.equal(sparse.detach().to_dense(), torch.eye(3) * 0.9)
+
+
 def test_a_step_of_another_models_optimiser_packs_nothing() -> None:
     teacher, student = accelerated(tiny(), "whole", "versions"), nn.Linear(2, 2)
     optimiser, x = torch.optim.SGD(student.parameters(), lr=0.1, fused=True), images(teacher)
