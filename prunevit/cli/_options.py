@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,14 +39,20 @@ def words(text: str | None) -> list[str] | None:
 
 
 def pairs(texts: Sequence[str] | None, option: str) -> Pairs:
-    """NAME=VALUE, several times; values are JSON where they can be read so, else text."""
+    """NAME=VALUE, several times; values are JSON or Python's literals where they can be read so, else text."""
     made: Pairs = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             raise typer.BadParameter(f"expected NAME=VALUE, got {text!r}", param_hint=option)
-        try:
-            made[name.strip()] = json.loads(value)
-        except ValueError:
-            made[name.strip()] = value.strip()
+        made[name.strip()] = _value(value.strip())
     return made
+
+
+def _value(text: str) -> Any:
+    for read in (json.loads, ast.literal_eval):  # true and True, 0.9 and .9
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text

@@ -99,8 +99,8 @@ class _Search:
     def __init__(self, options: Auto, job: Job) -> None:
         self.options, self.job, self.first = options, job, job.budget.limits[0]
         self.scorer = SCORERS[options.scorer]() if isinstance(options.scorer, str) else options.scorer
-        own, asked = {"mhsa": options.mhsa, "ffn": options.ffn}, job.budget.ranking.groups
-        known = check_kinds([kind for kinds in own.values() for kind in kinds])
+        own, asked = {part: check_kinds(getattr(options, part)) for part in PARTS}, job.budget.ranking.groups
+        known = check_kinds(kind for kinds in own.values() for kind in kinds)
         self.scorer.expect_supported(known)
         what = f"groups out of {', '.join(known)} (mhsa= and ffn= are the kinds that auto finds ratios for)"
         expect(set(asked or ()) <= set(known), PruningError, what, got=", ".join(asked or ()))

@@ -65,7 +65,8 @@ def groups_of(spec: ViTSpec, kinds: Iterable[Kind]) -> list[Group]:
 
 def check_kinds(kinds: Iterable[str]) -> tuple[Kind, ...]:
     """Refuse a kind that does not exist, by name."""
-    asked = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    several = isinstance(kinds, Iterable) and not isinstance(kinds, str)
+    asked: tuple[object, ...] = tuple(kinds) if several else (kinds,)
     for kind in asked:
         expect(kind in KINDS, PruningError, f"kinds of group out of {', '.join(KINDS)}", got=repr(kind))
     return tuple(kind for kind in KINDS if kind in asked)

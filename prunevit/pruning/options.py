@@ -23,7 +23,8 @@ def check_types(kind: type[Any], options: Mapping[str, Any]) -> None:
         if not literal and "Literal[" in str(hint):
             continue
         try:
-            TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            # strict, for the value is used as it came: "False" would be true
+            TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, strict=True)).validate_python(value)
             fits = True
         except ValidationError:
             fits = False

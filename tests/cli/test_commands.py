@@ -18,6 +18,7 @@ from PIL import Image
 
 from prunevit import api, shapes
 from prunevit.cli import _output, app
+from prunevit.cli._options import pairs
 from prunevit.data import DIGITS_CFG, data_config, load_data
 from prunevit.models import PrunedViT
 from prunevit.plots import QK, V, plot_shape
@@ -293,6 +294,17 @@ def test_a_teacher_of_other_images_is_refused(
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("false", False), ("False", False), ("None", None), ("null", None), (".9", 0.9), ("1e-3", 1e-3)),
+        *(("[1, 2]", [1, 2]), ("adamw", "adamw"), ("runs/a-1.jsonl", "runs/a-1.jsonl"), ("'8'", "8"), ("", "")),
+    ],
+)
+def test_values_are_read_as_json_or_python_spells_them(text: str, value: object) -> None:
+    assert pairs([f" name = {text}"], "--option") == {"name": value}
 
 
 @pytest.mark.parametrize(
