@@ -44,7 +44,8 @@ class Ranking:
     ``pruning_ratio`` drops a fixed share first: of every group, or by address pattern (``{"blocks.0.*": 0.2, "qk":
     0.5}``, the last match counts); a constraint then takes what it needs beyond. ``max_pruning_ratio`` bounds the share
     that any group loses, in the same two forms. Both are shares of the model that prune() is given, through however
-    many methods and rounds; sublayers, which have an address each, are counted by the pattern that they match.
+    many methods and rounds; sublayers, which have an address each, are counted by the pattern that they match. A
+    ``pruning_ratio`` is rounded up to whole units (any share of a single sublayer is that sublayer), a bound down.
     ``ignored_layers`` are address patterns that nothing is taken from.
     ``min_kept`` units of each group stay (a number, or one by kind: ``{"head": 0}`` lets a layer lose its last head,
     and keep its output bias); ``round_to`` makes kept counts multiples, in the same two forms. ``rescale_norms``
@@ -105,15 +106,16 @@ class Ranking:
     def _candidates(self, group: Group, first: Group, score: Floats) -> tuple[list[int], int, list[int]]:
         """The units that may go, first to last; how many of them go at once; and where each bundle ends."""
         order = [int(u) for u in np.argsort(score, kind="stable")]
-        allowed = [u for u in order if not any(matches(group.address(u), p) for p in self.ignored_layers)]
-        allowed = _within(self.max_pruning_ratio, allowed, group, first, most=True)
+        order = [u for u in order if not any(matches(group.address(u), p) for p in self.ignored_layers)]
+        wanted = _within(self.pruning_ratio or 0.0, order, group, first, most=False)
+        # what a ratio names goes first, though it may rank highest
+        allowed = _within(self.max_pruning_ratio, dict.fromkeys([*wanted, *order]), group, first, most=True)
         keep = max(self._of_kind(self.min_kept, group, 1), int(group.kind in _NEVER_EMPTY))
         allowed = allowed[: max(0, group.size - keep)]
-        wanted = dict.fromkeys(_within(self.pruning_ratio or 0.0, allowed, group, first, most=False))
         step = self._of_kind(self.round_to, group, 1) or 1
         ends = [end for end in range(1, len(allowed) + 1) if (group.size - end) % step == 0]
-        at_once = max([0, *(end for end in ends if end <= len(wanted))])
-        return [*wanted, *(u for u in allowed if u not in wanted)], at_once, ends
+        at_once = max([0, *(end for end in ends if end <= len({*wanted} & {*allowed}))])
+        return allowed, at_once, ends
 
     def _compared(self, values: Mapping[Group, Floats]) -> dict[Group, Floats] | None:
         """Scores that may be compared across groups; None where each group is ranked alone."""
@@ -158,7 +160,7 @@ class Ranking:
 
 
 def _within(
-    ratio: float | Mapping[str, float], units: Sequence[int], group: Group, first: Group, *, most: bool
+    ratio: float | Mapping[str, float], units: Iterable[int], group: Group, first: Group, *, most: bool
 ) -> list[int]:
     """The first of the units, as many as a ratio of the group as it was takes beyond what has gone since.
 

@@ -113,8 +113,24 @@ def test_ratios_of_sublayers_are_of_those_that_a_pattern_names() -> None:
     ]
     assert going(pruning_ratio={"blocks.3.attn": 0.5})[0] == ["3.attn"]
     assert going(pruning_ratio={"blocks.*.mlp.*": 0.5})[0] == ["0.mlp", "1.mlp"]
+    assert going(pruning_ratio={"blocks.3": 0.5})[0] == ["3.attn", "3.mlp"], "a half of one, rounded up"
     gone = {four[0]: groups_of(vit(*[block()] * 6), ("sublayer",))[0]}
     assert len(Ranking(max_pruning_ratio=0.5).order(dict.fromkeys(four[:1], torch.rand(4)), gone)[1]) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"max_pruning_ratio": 0.5}, {"min_kept": 2}], ids=str)
+def test_a_ratio_takes_the_sublayer_that_it_names_though_it_ranks_highest(options: dict[str, object]) -> None:
+    """And where fewer may go than ratios name, the lowest of those that they name."""
+    attn = groups_of(vit(block(), block(), block(), block()), ("sublayer",))[0]
+
+    def dropped(*named: int) -> list[tuple[int, ...]]:
+        ratios = {f"blocks.{i}.attn.sublayer": 1.0 for i in named}
+        fixed, _ = Ranking(pruning_ratio=ratios, **options).order({attn: torch.arange(4.0)})  # type: ignore[arg-type]
+        return [bundle.units for bundle in fixed]
+
+    assert dropped(3) == [(3,)]
+    most = 2 if options else 3
+    assert dropped(1, 2, 3) == [(1,), (2,), (3,)][:most]
 
 
 def test_patterns_match_as_globs_parts_and_kinds() -> None:
