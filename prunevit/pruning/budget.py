@@ -104,8 +104,8 @@ class Budget:
             return _to_shape(dense, self.shape, scores, self.ranking.rescale_norms)
         left = Remainder(dense)
         fixed, order = (
-            [bundle for bundle in bundles if left.take(bundle.group, bundle.units)]
-            for bundles in self.ranking.order(scores, first)
+            [bundle for bundle in bundles if bundle.group.kind == "channel" or left.take(bundle.group, bundle.units)]
+            for bundles in self.ranking.order(scores, first, left)
         )
         return _Search(dense, self, fixed, order, sorted({group.kind for group in scores})).run()
 

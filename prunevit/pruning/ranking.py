@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import PruningError, expect
 from ..spec import ViTSpec
-from .groups import KINDS, Group, Kind, Scores, check_kinds, groups_of, matches
+from .groups import KINDS, Group, Kind, Remainder, Scores, check_kinds, groups_of, matches
 
 Normalizer = Literal["mean", "sum", "max", "standardization", "gaussian", "lamp"]
 Floats: TypeAlias = NDArray[np.float64]
@@ -84,16 +84,19 @@ class Ranking:
                 fine = ratio is None or 0 <= ratio <= 1
                 expect(fine, PruningError, f"{name} between 0 and 1, the share that goes", got=ratio)
 
-    def order(self, scores: Scores, first: Mapping[Group, Group] | None = None) -> tuple[list[Bundle], list[Bundle]]:
+    def order(
+        self, scores: Scores, first: Mapping[Group, Group] | None = None, left: Remainder | None = None
+    ) -> tuple[list[Bundle], list[Bundle]]:
         """What ``pruning_ratio`` drops at once, and all else that may go, each first to last.
 
-        ``first`` has groups as they were in the model that ratios count from, where they have lost units since.
+        ``first`` has groups as they were in the model that ratios count from, where they have lost units since. All
+        channels that may go are taken from ``left``, those that have to stay are in no bundle.
         """
         values = {group: _checked(group, score.double().cpu().numpy()) for group, score in scores.items()}
         compared = self._compared(values)
         fixed, rest = list[Bundle](), list[Bundle]()
         for group, score in values.items():
-            candidates, at_once, ends = self._candidates(group, (first or {}).get(group, group), score)
+            candidates, at_once, ends = self._candidates(group, (first or {}).get(group, group), score, left)
             for begin, end in pairwise([0, *ends]):
                 units = candidates[begin:end]
                 # alone in its group, a unit's key is the share of the group that has gone with it
@@ -103,13 +106,18 @@ class Ranking:
         by_key = attrgetter("key", "score")
         return sorted(fixed, key=by_key), sorted(rest, key=by_key)
 
-    def _candidates(self, group: Group, first: Group, score: Floats) -> tuple[list[int], int, list[int]]:
+    def _candidates(
+        self, group: Group, first: Group, score: Floats, left: Remainder | None
+    ) -> tuple[list[int], int, list[int]]:
         """The units that may go, first to last; how many of them go at once; and where each bundle ends."""
         order = [int(u) for u in np.argsort(score, kind="stable")]
         order = [u for u in order if not any(matches(group.address(u), p) for p in self.ignored_layers)]
         wanted = _within(self.pruning_ratio or 0.0, order, group, first, most=False)
         # what a ratio names goes first, though it may rank highest
         allowed = _within(self.max_pruning_ratio, dict.fromkeys([*wanted, *order]), group, first, most=True)
+        if left is not None and group.kind == "channel":
+            # one by one: refused with its bundle, a channel would leave a width that is no multiple of round_to
+            allowed = [u for u in allowed if left.take(group, (u,))]
         keep = max(self._of_kind(self.min_kept, group, 1), int(group.kind in _NEVER_EMPTY))
         allowed = allowed[: max(0, group.size - keep)]
         step = self._of_kind(self.round_to, group, 1) or 1

@@ -155,6 +155,16 @@ def test_what_a_selection_or_a_list_of_channels_needs_stays(
     assert "round_to" not in options or (spec.embed_dim == left.embed_dim or left.embed_dim % 3 == 0)
 
 
+@pytest.mark.parametrize("share", [80, 60, 50])
+def test_widths_are_rounded_though_a_list_of_channels_keeps_the_lowest(share: int) -> None:
+    spec = vit(block(attn_reads=(0, 1)), block(), embed_dim=32)
+    budget = Budget.of(spec, {"macs": f"{share}%"}, ranking=Ranking(round_to=5))
+    plan = budget.plan(spec, {group: torch.arange(32.0) for group in groups_of(spec, ("channel",))})
+    assert len(plan.channels) % 5 == 0
+    assert plan.channels[:2] == (1, 2 + 32 - 1 - len(plan.channels)), "of the list the better one, then the best of all"
+    assert share / 100 * spec.macs() >= plan.spec().macs()
+
+
 def test_the_best_attention_stays_for_a_selection() -> None:
     spec = vit(block(), block(), block(select=select("attn", 5)), block())
     (attn, _) = groups_of(spec, ("sublayer",))
