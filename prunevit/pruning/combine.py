@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..errors import PruningError, expect
 from ..models import PrunedViT
+from .auto import Auto
 from .budget import Budget, Limit
 from .groups import Kind
 from .method import Job, Method
@@ -46,7 +48,7 @@ class Sequential(Method):
         expect(bool(budget.limits), PruningError, "constraints, to share among several prunings", got="none")
         if self.recipe is not None:
             job.training_data("recovery between prunings")
-        model, steps = job.model, [stage for _ in range(self.rounds) for stage in self.stages]
+        model, steps = job.model, _with_own_journals([stage for _ in range(self.rounds) for stage in self.stages])
         for n, stage in enumerate(steps, start=1):
             limits = stage.limits or tuple(_part(limit, n / len(steps)) for limit in budget.limits)
             ranking = budget.ranking if stage.groups is None else replace(budget.ranking, groups=stage.groups)
@@ -54,6 +56,18 @@ class Sequential(Method):
             if self.recipe is not None:
                 recover_for(job, model, self.recipe)
         return model
+
+
+def _with_own_journals(steps: Sequence[Stage]) -> list[Stage]:
+    """Each search but the first in a file of its own: ``JOURNAL.search2`` and so on."""
+    made, searches = list[Stage](), 0
+    for stage in steps:
+        if isinstance(method := stage.method, Auto) and method.journal is not None:
+            searches += 1
+            journal = method.journal if searches == 1 else f"{os.fspath(method.journal)}.search{searches}"
+            stage = replace(stage, method=replace(method, journal=journal))
+        made.append(stage)
+    return made
 
 
 def _part(limit: Limit, share: float) -> Limit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +116,24 @@ def test_rounds_share_the_way_and_recover_in_between() -> None:
     plan = Plan.from_dict(small.plan)
     torch.testing.assert_close(plan.lift(small)(IMAGES), small(IMAGES), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plan.mask(MODEL)(IMAGES), small(IMAGES), rtol=1e-2), "it was trained"
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("auto", {"rounds": 2}), (["auto:mlp", "auto:qk"], {}), (["auto:mlp", "magnitude:v", "auto:qk"], {})],
+    ids=str,
+)
+def test_each_of_several_searches_has_a_journal_of_its_own(
+    method: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"scorer": "magnitude", "validation": DATA, "tau": 1.0, **options}
+    made = [
+        prune(MODEL, method, {"macs": "80%"}, DATA, journal=tmp_path / "j", **how),
+        prune(MODEL, method, {"macs": "80%"}, DATA, journal=tmp_path / "j", **how),  # goes on where both were
+        prune(MODEL, method, {"macs": "80%"}, DATA, **how),
+    ]
+    assert made[0].plan == made[1].plan == made[2].plan
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["j", "j.search2"]
 
 
 @pytest.mark.parametrize(
