@@ -51,7 +51,8 @@ class Auto(Method):
     """``tau`` is the accuracy that a round may lose; ``probes`` bisections refine each ratio.
 
     ``finetune_epochs`` of :func:`recover` with ``recipe`` follow each committed round. ``journal`` names a file that
-    every probe is written to and an interrupted search continues from. ``on_probe`` is called with each probe.
+    every probe is written to and an interrupted search continues from (in rounds or a list of methods the second search
+    from ``JOURNAL.search2``, and so on). ``on_probe`` is called with each probe.
     """
 
     scorer: str | Scorer = "snp"
@@ -192,14 +193,17 @@ class _Search:
         return self._measure("start", 0.0, self.model)
 
     def _measure(self, part: str, ratio: float, what: Plan | PrunedViT) -> Probe:
-        probe = self.journal.find(self.round, part, ratio)
+        plan, spec = (what, what.spec()) if isinstance(what, Plan) else (Plan.of(what), what.spec)
+        name = hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest()[:16]
+        share = self.first.cost(spec) / self.first.dense
+        probe = self.journal.find(self.round, part, ratio, name)
         if probe is None:
-            model = compact(self.model, what) if isinstance(what, Plan) else what
+            model = compact(self.model, plan) if isinstance(what, Plan) else what
             assert self.job.validation is not None
-            share = self.first.cost(model.spec) / self.first.dense
-            gone = self._gone(part, model.spec)
-            probe = Probe(self.round, part, ratio, gone, accuracy(model, self.job.validation), share)
+            right = accuracy(model, self.job.validation)
+            probe = Probe(self.round, part, ratio, self._gone(part, spec), right, share, name)
             self.journal.add(probe)
+        probe = replace(probe, cost=share)  # a table of latency may have been measured anew
         if self.options.on_probe is not None:
             self.options.on_probe(probe)
         return probe
@@ -213,7 +217,8 @@ class _Search:
 
     def _identity(self) -> dict[str, Any]:
         options = self.options
-        scorer = options.scorer if isinstance(options.scorer, str) else repr(options.scorer)
+        # of a scorer's own options the plans tell, of which a journal has hashes
+        scorer = options.scorer if isinstance(options.scorer, str) else type(options.scorer).__name__
         assert self.job.validation is not None
         identity = {
             "search": "auto",

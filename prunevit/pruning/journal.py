@@ -24,7 +24,13 @@ class Probe:
     gone: float
     accuracy: float
     cost: float  # of the first constraint, as a share of the dense model's
+    plan: str  # a hash of it: which model this was
     committed: bool = False
+
+
+def journal_of(path: str | os.PathLike[str], attempt: int) -> str:
+    """Where an attempt at a latency writes its search: under one correction of the table none of another continues."""
+    return os.fspath(path) if attempt == 1 else f"{os.fspath(path)}.{attempt}"
 
 
 class Journal:
@@ -50,9 +56,15 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(_line(search), "utf-8")
 
-    def find(self, round_: int, part: str, ratio: float) -> Probe | None:
+    def find(self, round_: int, part: str, ratio: float, plan: str) -> Probe | None:
         asked = (round_, part, ratio)
-        return next((p for p in self.probes if (p.round, p.part, p.ratio) == asked and not p.committed), None)
+        found = next((p for p in self.probes if (p.round, p.part, p.ratio) == asked and not p.committed), None)
+        if found is not None and found.plan != plan:
+            raise CheckpointError(
+                f"expected {self.path} to be of this search, or the name of another file, got another plan of {part} "
+                f"in round {round_} (other calibration images, or another scorer of that name)"
+            )
+        return found
 
     def add(self, probe: Probe) -> None:
         if probe in self.probes:

@@ -11,6 +11,7 @@ import torch
 from prunevit.errors import BudgetError, CheckpointError, PruningError
 from prunevit.pruning import Plan, auto, prune
 from prunevit.pruning.journal import Probe, plot_journal, read_journal
+from prunevit.pruning.method import Scorer
 from tests.specs import block, random_images, random_model, vit
 
 SPEC = vit(block((8,) * 3, (8,) * 3, 24), block((8,) * 3, (8,) * 3, 24))
@@ -107,6 +108,45 @@ def test_the_journal_of_another_search_is_refused(other: dict[str, object], tmp_
     prune(MODEL, "auto", {"macs": "90%"}, **{**options, "validation": shuffled})  # the same images
     with pytest.raises(CheckpointError, match="of this search"):
         prune(MODEL, "auto", {"macs": "90%"}, **{**options, **other})
+
+
+def test_the_journal_of_a_search_by_other_scores_is_refused(tmp_path: Path) -> None:
+    options = {**OPTIONS, "scorer": "snp", "journal": tmp_path / "j"}
+    prune(MODEL, "auto", {"macs": "90%"}, **options)
+    prune(MODEL, "auto", {"macs": "90%"}, **options)
+    others = [(random_images(SPEC, 24, seed=5) * torch.linspace(0, 4, 16), DATA[0][1])]
+    with pytest.raises(CheckpointError, match=r"j to be of this search, .* \(other calibration images"):
+        prune(MODEL, "auto", {"macs": "90%"}, **{**options, "data": others})
+
+
+def test_a_scorer_without_a_name_resumes_too(tmp_path: Path) -> None:
+    class Mine(Scorer):
+        def __init__(self, sign: int) -> None:
+            self.sign = sign
+
+        def score(self, model: Any, groups: Any, data: Any, seed: int) -> dict[Any, torch.Tensor]:
+            return {group: self.sign * torch.arange(float(group.size)) for group in groups}
+
+    def found(sign: int) -> object:
+        options = {**OPTIONS, "scorer": Mine(sign), "journal": tmp_path / "j"}
+        return prune(MODEL, "auto", {"macs": "90%"}, **options).plan
+
+    assert found(1) == found(1)
+    with pytest.raises(CheckpointError, match="of this search"):
+        found(-1)
+
+
+def test_costs_are_counted_anew_where_a_search_goes_on(tmp_path: Path) -> None:
+    """A table that was measured again says other times, of an absolute budget too."""
+
+    def costs(fixed: float, journal: Path | None) -> list[float]:
+        seen: list[Probe] = []
+        own: dict[str, Any] = {**OPTIONS, "cost": lambda spec: fixed + spec.macs() / SPEC.macs(), "journal": journal}
+        prune(MODEL, "auto", {"time": 1.75}, on_probe=seen.append, **{**own, "tau": 1.0})
+        return [probe.cost for probe in seen]
+
+    assert costs(1.0, tmp_path / "j") != costs(0.9, None)
+    assert costs(0.9, tmp_path / "j") == costs(0.9, None)
 
 
 def test_rounds_are_not_resumed_from_those_of_another_search(tmp_path: Path) -> None:
