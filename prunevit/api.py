@@ -22,6 +22,7 @@ from .models.vit import PrunedViT
 from .nn import KernelModule, restore
 from .pruning import Budget
 from .pruning.budget import Constraints, Cost, costs_by_name, mappings_of
+from .pruning.journal import journal_of
 from .pruning.method import Batches, Data, Replayed, evaluating
 from .pruning.prune import DEFAULT_METHOD, AnyMethod
 from .runtime import Runtime
@@ -102,8 +103,7 @@ def prune(
     measured.aim(limit.most)
 
     def attempt(number: int) -> PrunedViT:
-        # a search that is journaled under one correction of the table is not continued under another
-        own = {"journal": f"{options['journal']}.{number + 1}"} if number and options.get("journal") else {}
+        own = {"journal": journal_of(options["journal"], number + 1)} if options.get("journal") else {}
         return pruning.prune(source, method, constraints, data, cost=costs, **{**given, **own})
 
     try:

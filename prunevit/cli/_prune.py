@@ -16,7 +16,7 @@ from ..models.from_timm import as_pruned
 from ..models.vit import PrunedViT
 from ..pruning import METHODS, Ranking, Step
 from ..pruning.auto import Auto
-from ..pruning.journal import Probe, plot_journal
+from ..pruning.journal import Probe, journal_of, plot_journal
 from ..spec import ViTSpec
 from ._budgets import LOOKS_AT_IMAGES, Constraints, names_of
 from ._measure import accuracy
@@ -83,6 +83,9 @@ def run(request: Request, output: Output) -> None:
             on_timing=lambda done, wanted: bar.show("timing steps for the latency table", done, wanted),
             **loaders, **options,
         )  # fmt: skip
+        if "journal" in options:  # a budget of latency may have taken several attempts
+            took = pruned.provenance.get("latency") if "latency" in request.constraint_names else None
+            options["journal"] = journal_of(options["journal"], took["attempts"] if took else 1)
         if request.plot is not None:
             plot_journal(options["journal"], request.plot)
     result = {**_report(request, dense, pruned, options), "images": counted}
@@ -193,7 +196,7 @@ def _report(request: Request, dense: PrunedViT, pruned: PrunedViT, options: Mapp
         "params": {"before": before.params(), "after": after.params(), "ratio": after.params() / before.params()},
         "latency": pruned.provenance.get("latency"),
         "memory": None,
-        "journal": request.options.get("journal"),
+        "journal": options["journal"] if "journal" in request.options else None,
         "plot": None if request.plot is None else str(request.plot),
     }
     if "on" in options:

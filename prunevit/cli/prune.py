@@ -239,6 +239,9 @@ def command(
         raise typer.BadParameter(what, param_hint="--data")
     if (plot or journal) and not searches:
         raise typer.BadParameter("expected --method auto, whose search they record", param_hint="--journal, --plot")
+    if plot and (rounds > 1 or sum(name.partition(":")[0] == "auto" for name in methods) > 1):
+        what = "expected one search to draw, got several (--journal FILE keeps each, as FILE, FILE.search2 and so on)"
+        raise typer.BadParameter(what, param_hint="--plot")
     with reporting(as_json) as output:
         expect_there(model, data)
         expect_replaceable(out)

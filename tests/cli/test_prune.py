@@ -221,6 +221,17 @@ def test_latency_and_memory_budgets(prune: Any, call: Call, checkpoint: Path, tm
     assert "memory" in shown
 
 
+@pytest.mark.usefixtures("by_macs")
+def test_the_search_of_the_last_attempt_is_drawn(prune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    holds, drawn = iter([False, True]), list[object]()
+    monkeypatch.setattr("prunevit.latency.measured.Check.holds", lambda self, tolerance: next(holds))
+    monkeypatch.setattr("prunevit.cli._prune.plot_journal", lambda path, out: drawn.append(path))
+    search = ("--method", "auto", "--scorer", "magnitude", "--tau", 1, "--latency", "80%", "--threads", 1, *DIGITS)
+    found = prune(*search, "--journal", tmp_path / "j", "--plot", tmp_path / "p.png")
+    assert found["latency"]["attempts"] == 2
+    assert found["journal"] == drawn[0] == str(tmp_path / "j.2")
+
+
 def test_a_latency_budget_on_the_real_clock(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model whose time is in its widths; the tolerance is for a machine that does something else beside."""
     monkeypatch.setattr("prunevit.latency.measured.SECONDS", 0.2)
@@ -265,6 +276,8 @@ def test_a_latency_budget_on_the_real_clock(call: Call, tmp_path: Path, monkeypa
         (("--macs", "50%", "--method", "magnitude", "--stages", "2"), "--stages: expected --method gohsp"),
         (("--macs", "50%", "--tau", "0.1"), "--tau: expected --method auto"),
         (("--macs", "50%", "--method", "auto", "--data", "digits", "--plot", "p.txt"), ".png"),
+        (("--macs", "50%", "--method", "auto", *DIGITS, "--plot", "p.png", "--rounds", "2"), "one search to draw"),
+        (("--macs", "50%", "--method", "auto:qk,auto:mlp", *DIGITS, "--plot", "p.png"), "one search to draw"),
     ],
 )
 def test_wrong_usage_is_named(
