@@ -33,7 +33,7 @@ from ..errors import BudgetError, PruningError, expect
 from ..models import PrunedViT
 from ..spec import ViTSpec
 from .budget import Budget
-from .groups import Kind, check_kinds, groups_of
+from .groups import KINDS, Kind, check_kinds, groups_of
 from .journal import Journal, Probe
 from .method import Batches, Job, Method, Scorer, evaluating, read_batch
 from .plan import Plan
@@ -87,25 +87,32 @@ class Auto(Method):
         Recipe.of(self.recipe)
         expect(self.against in ("round", "dense"), PruningError, "against round or dense", got=repr(self.against))
 
-    def prune(self, job: Job) -> PrunedViT:
+    def expect_fits(self, job: Job) -> None:
         expect(len(job.budget.limits) > 0, PruningError, "constraints that say where the search ends", got="none")
         if job.validation is None:
             raise PruningError("auto looks at accuracy: expected validation=held-out batches, got none")
         if self.finetune_epochs:
             job.training_data("finetune_epochs")
+        known, asked = check_kinds((*self.kinds("mhsa"), *self.kinds("ffn"))), job.budget.ranking.groups or ()
+        self.made_scorer().expect_supported(known)
+        what = f"groups out of {', '.join(known)} (mhsa= and ffn= are the kinds that auto finds ratios for)"
+        expect(set(asked) <= set(known), PruningError, what, got=", ".join(asked))
+
+    def prune(self, job: Job) -> PrunedViT:
         return _Search(self, job).run()
+
+    def made_scorer(self) -> Scorer:
+        return SCORERS[self.scorer]() if isinstance(self.scorer, str) else self.scorer
+
+    def kinds(self, part: str) -> tuple[Kind, ...]:
+        return check_kinds(getattr(self, part))
 
 
 class _Search:
     def __init__(self, options: Auto, job: Job) -> None:
         self.options, self.job, self.first = options, job, job.budget.limits[0]
-        self.scorer = SCORERS[options.scorer]() if isinstance(options.scorer, str) else options.scorer
-        own, asked = {part: check_kinds(getattr(options, part)) for part in PARTS}, job.budget.ranking.groups
-        known = check_kinds(kind for kinds in own.values() for kind in kinds)
-        self.scorer.expect_supported(known)
-        what = f"groups out of {', '.join(known)} (mhsa= and ffn= are the kinds that auto finds ratios for)"
-        expect(set(asked or ()) <= set(known), PruningError, what, got=", ".join(asked or ()))
-        self.kinds = {part: check_kinds(set(asked or known) & set(kinds)) for part, kinds in own.items()}
+        self.scorer, asked = options.made_scorer(), job.budget.ranking.groups or KINDS
+        self.kinds = {part: check_kinds(set(asked) & set(options.kinds(part))) for part in PARTS}
         self.journal = Journal(options.journal, {} if options.journal is None else self._identity())
         self.model, self.round = job.model, 0
         self.ratio = dict.fromkeys(PARTS, 0.0)

@@ -27,13 +27,20 @@ class Stage:
     groups: tuple[Kind, ...] | None = None
     limits: tuple[Limit, ...] | None = None
 
+    def budget(self, whole: Budget, share: float) -> Budget:
+        """What of a whole budget is this stage's, after which a ``share`` of the way is gone."""
+        limits = self.limits or tuple(_part(limit, share) for limit in whole.limits)
+        ranking = whole.ranking if self.groups is None else replace(whole.ranking, groups=self.groups)
+        return replace(whole, limits=limits, ranking=ranking)
+
 
 @dataclass(frozen=True)
 class Sequential(Method):
     """Stages in turn, all of them ``rounds`` times; with a ``recipe``, recovery from the given model after each.
 
     Every stage takes an equal factor off the way from the model's cost to its limit, so that the last one ends at it;
-    a model that is to keep 25 % after two stages keeps 50 % after the first.
+    a model that is to keep 25 % after two stages keeps 50 % after the first. Whatever a stage cannot do is refused
+    before the first one runs.
     """
 
     stages: Sequence[Stage]
@@ -44,15 +51,21 @@ class Sequential(Method):
 
     def prune(self, job: Job) -> PrunedViT:
         expect(self.rounds >= 1, PruningError, "at least one round", got=self.rounds)
-        budget = job.budget
-        expect(bool(budget.limits), PruningError, "constraints, to share among several prunings", got="none")
+        budget, stages = job.budget, _with_own_journals([stage for _ in range(self.rounds) for stage in self.stages])
+        one = len(stages) == 1
+        expect(one or budget.shape is None, PruningError, "a shape for one method, in one round", got="several")
+        shares = bool(budget.limits) or self.rounds == 1
+        expect(shares, PruningError, "constraints, to share among several rounds", got="none")
+        tokens = sum(stage.method.drops_tokens for stage in stages)
+        expect(tokens <= 1, PruningError, "one method that drops tokens, in one round", got=tokens)
         if self.recipe is not None:
-            job.training_data("recovery between prunings")
-        model, steps = job.model, _with_own_journals([stage for _ in range(self.rounds) for stage in self.stages])
-        for n, stage in enumerate(steps, start=1):
-            limits = stage.limits or tuple(_part(limit, n / len(steps)) for limit in budget.limits)
-            ranking = budget.ranking if stage.groups is None else replace(budget.ranking, groups=stage.groups)
-            model = stage.method.prune(replace(job, model=model, budget=Budget(limits, ranking)))
+            job.training_data("recovery after pruning")
+        steps = [(stage.method, stage.budget(budget, n / len(stages))) for n, stage in enumerate(stages, start=1)]
+        for method, own in steps:
+            method.expect_fits(replace(job, budget=own))
+        model = job.model
+        for method, own in steps:
+            model = method.prune(replace(job, model=model, budget=own))
             if self.recipe is not None:
                 recover_for(job, model, self.recipe)
         return model

@@ -15,7 +15,7 @@ over images, in its own layer alone (the heads of two layers have nothing in com
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -35,16 +35,20 @@ from .surgery import compact
 class _TokenMethod(Method):
     """Finds the ratio, in [0, 1], whose plan meets the budget; ``pruning_ratio`` gives it instead."""
 
-    def prune(self, job: Job) -> PrunedViT:
-        spec = job.model.spec
+    drops_tokens: ClassVar[bool] = True
+
+    def expect_fits(self, job: Job) -> None:
+        spec, fixed = job.model.spec, job.budget.ranking.pruning_ratio
         chosen = [i for i, block in enumerate(spec.blocks) if block.select is not None]
         expect(not chosen, PruningError, "a model that does not select tokens yet", got=f"one that does in {chosen}")
         expect(not spec.dynamic_img_size, PruningError, "a static image size, for static counts", got="a dynamic one")
         expect(job.budget.shape is None, PruningError, "constraints or a pruning_ratio for tokens", got="a shape")
+        expect(not isinstance(fixed, Mapping), PruningError, "one pruning_ratio for tokens", got=fixed)
+
+    def prune(self, job: Job) -> PrunedViT:
         plan_of = self.planner(job)
         fixed = job.budget.ranking.pruning_ratio
         if fixed is not None:
-            expect(isinstance(fixed, int | float), PruningError, "one pruning_ratio for tokens", got=fixed)
             plan = plan_of(float(fixed))  # type: ignore[arg-type]
             expect(job.budget.met(plan.spec()), BudgetError, "a pruning_ratio that meets the budget", got=fixed)
             return compact(job.model, plan)
@@ -73,10 +77,21 @@ class CPViT(_TokenMethod):
         *("ignored_layers", "min_kept", "max_pruning_ratio", "round_to"),
     )
 
+    def expect_fits(self, job: Job) -> None:
+        super().expect_fits(job)
+        depth = job.model.spec.depth
+        expect(
+            self._start(depth) < depth,
+            PruningError,
+            f"a start before the last of {depth} layers",
+            got=self._start(depth),
+        )
+
+    def _start(self, depth: int) -> int:
+        return max(1, depth // 4) if self.start is None else self.start
+
     def planner(self, job: Job) -> Callable[[float], Plan]:
-        spec = job.model.spec
-        start = max(1, spec.depth // 4 if self.start is None else self.start)
-        expect(start < spec.depth, PruningError, f"a start before the last of {spec.depth} layers", got=start)
+        spec, start = job.model.spec, self._start(job.model.spec.depth)
         ranking = job.budget.ranking
         wanted = self.heads and "head" in (ranking.groups or self.groups)
         scores = self._heads(job) if wanted else {}
@@ -122,12 +137,18 @@ class EViT(_TokenMethod):
     supports: ClassVar[tuple[Kind, ...]] = ()
     heeds: ClassVar[tuple[str, ...]] = ("pruning_ratio",)
 
-    def planner(self, job: Job) -> Callable[[float], Plan]:
-        spec = job.model.spec
+    def expect_fits(self, job: Job) -> None:
+        super().expect_fits(job)
+        spec, layers = job.model.spec, self._layers(job.model.spec.depth)
         expect(spec.class_token, PruningError, "a class token, whose attention evit ranks by", got="a model without")
-        layers = sorted({spec.depth * n // 4 for n in (1, 2, 3)}) if self.layers is None else list(self.layers)
         inside = layers and all(0 <= i < spec.depth for i in layers)
         expect(bool(inside), PruningError, f"layers within the {spec.depth} blocks", got=layers)
+
+    def _layers(self, depth: int) -> list[int]:
+        return sorted({depth * n // 4 for n in (1, 2, 3)}) if self.layers is None else list(self.layers)
+
+    def planner(self, job: Job) -> Callable[[float], Plan]:
+        spec, layers = job.model.spec, self._layers(job.model.spec.depth)
 
         def plan_of(ratio: float) -> Plan:
             tokens, selects = spec.num_patches, list[TokenSelect | None]()

@@ -88,17 +88,18 @@ class GOHSP(Scorer):
             scores[group] = share if self.keep == "central" or only else 1 - share
         return scores
 
+    def expect_fits(self, job: Job) -> None:
+        super().expect_fits(job)
+        if self.stages or self.finetune_epochs:
+            job.training_data("gohsp trains in its soft stages and after the cut")
+
     def prune(self, job: Job) -> PrunedViT:
         ranking = job.budget.ranking
         if ranking.isomorphic is None and not ranking.global_pruning:
             job = replace(job, budget=replace(job.budget, ranking=replace(ranking, isomorphic=True)))
-        if self.stages or self.finetune_epochs:
-            job.training_data("gohsp trains in its soft stages and after the cut")
         if not self.stages:
             return self._finetuned(super().prune(job), job)
-        kinds = job.budget.kinds(job.model.spec, self.groups)
-        self.expect_supported(kinds)
-        groups = groups_of(job.model.spec, kinds)
+        groups = groups_of(job.model.spec, job.budget.kinds(job.model.spec, self.groups))
         with evaluating(job.model):
             ranked = self.score(job.model, [g for g in groups if g.kind == "head"], job.data, job.seed)
         soft = SoftPruning(deepcopy(job.model), groups, ranked, job, self)

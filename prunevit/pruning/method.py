@@ -84,11 +84,16 @@ class Method(ABC):
     """A way to prune. Options are the fields of a frozen dataclass; ``groups`` are the kinds pruned by default.
 
     ``supports`` are the kinds that can be asked for, ``heeds`` the fields of :class:`Ranking` that the method goes by.
+    One that ``drops_tokens`` prunes a model once.
     """
 
     groups: ClassVar[tuple[Kind, ...]] = ("qk", "v", "mlp")
     supports: ClassVar[tuple[Kind, ...]] = KINDS
     heeds: ClassVar[tuple[str, ...]] = tuple(field.name for field in fields(Ranking))
+    drops_tokens: ClassVar[bool] = False
+
+    def expect_fits(self, job: Job) -> None:  # noqa: B027 (most methods refuse nothing)
+        """Raise :class:`PruningError` for what the method cannot do: asked of all methods before the first one runs."""
 
     @abstractmethod
     def prune(self, job: Job) -> PrunedViT:
@@ -102,11 +107,12 @@ class Scorer(Method):
     def score(self, model: PrunedViT, groups: Sequence[Group], data: Data | None, seed: int) -> dict[Group, Tensor]:
         """A score for each unit of each group, on the CPU or the model's device."""
 
+    def expect_fits(self, job: Job) -> None:
+        self.expect_supported(job.budget.kinds(job.model.spec, self.groups))
+
     def prune(self, job: Job) -> PrunedViT:
         spec = job.model.spec
-        kinds = job.budget.kinds(spec, self.groups)
-        self.expect_supported(kinds)
-        groups = groups_of(spec, kinds)
+        groups = groups_of(spec, job.budget.kinds(spec, self.groups))
         with evaluating(job.model):
             scores = self.score(job.model, groups, job.data, job.seed)
         return compact(job.model, job.plan(scores))

@@ -102,20 +102,14 @@ def prune(
     each = mappings_of(constraints)
     budget = Budget.of(dense.spec, each[-1], cost, ranking, target)
     if isinstance(constraints, Sequence):
-        fits = len(each) == len(stages) and rounds == 1
-        expect(fits, PruningError, f"constraints for each of {len(stages)} methods, in one round", got=len(each))
+        expect(rounds == 1, PruningError, "one mapping of constraints, which rounds share", got="a list")
+        fits = len(each) == len(stages)
+        expect(fits, PruningError, f"constraints for each of {len(stages)} methods", got=len(each))
         own = [Budget.of(dense.spec, mapping, cost, ranking).limits for mapping in each]
         stages = [replace(stage, limits=limits) for stage, limits in zip(stages, own)]
-    if len(stages) == 1 and rounds == 1 and recovery is None:
-        chosen = stages[0].method
-        budget = (
-            budget if stages[0].groups is None else replace(budget, ranking=replace(ranking, groups=stages[0].groups))
-        )
-    else:
-        chosen = Sequential(stages, rounds, recovery)
     # scores of several methods look at the images several times
     again = Replayed(data) if isinstance(data, Iterator) else data
-    small = chosen.prune(Job(dense, budget, again, seed, train, validation, on_step))
+    small = Sequential(stages, rounds, recovery).prune(Job(dense, budget, again, seed, train, validation, on_step))
     if not small.spec.num_classes and small.spec.embed_dim != dense.spec.embed_dim:
         what = "features are %d wide now, and were %d: groups without channel would leave them"
         logger.warning(what, small.spec.embed_dim, dense.spec.embed_dim)

@@ -12,6 +12,8 @@ import torch
 import prunevit
 from prunevit.errors import BudgetError, PruningError
 from prunevit.pruning import Plan, prune
+from prunevit.pruning.cp_vit import CPViT
+from prunevit.pruning.magnitude import Magnitude
 from prunevit.spec import ViTSpec
 from tests.specs import block, random_images, random_model, vit
 
@@ -137,6 +139,55 @@ def test_each_of_several_searches_has_a_journal_of_its_own(
 
 
 @pytest.mark.parametrize(
+    ("method", "options", "reason"),
+    [
+        ("cp-vit", {"rounds": 2}, "one method that drops tokens, in one round, got 2"),
+        (["magnitude", "cp-vit", "evit"], {}, "one method that drops tokens, in one round, got 2"),
+        (["magnitude", "cp-vit"], {"pruning_ratio": {"head": 0.5}}, "one pruning_ratio for tokens"),
+        (["magnitude", "evit"], {"layers": [3]}, "within the 3 blocks"),
+        (["magnitude", "cp-vit"], {"start": 3}, "a start before the last of 3 layers"),
+        (["magnitude", "gohsp"], {"groups": ("channel", "mlp")}, "groups that gohsp scores, .* got channel"),
+        (["magnitude", "auto"], {}, "expected validation="),
+        (["magnitude", "auto"], {"validation": DATA, "mhsa": ("head",), "scorer": "snp"}, "groups that snp scores"),
+        (["magnitude", "gohsp"], {"stages": 1, "train": None, "recovery": None}, "expected train="),
+    ],
+)
+def test_what_a_later_stage_cannot_do_is_refused_before_the_first(
+    method: Any, options: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untouched(*_: object) -> None:
+        pytest.fail("something was pruned")
+
+    monkeypatch.setattr(Magnitude, "score", untouched)
+    monkeypatch.setattr(CPViT, "_heads", untouched)
+    how = {"train": DATA, "recovery": {"epochs": 1}, **options}
+    with pytest.raises(PruningError, match=reason):
+        prune(MODEL, method, {"macs": "80%"}, DATA, **how)
+
+
+def test_evit_needs_its_class_token_and_static_images_before_the_first_stage() -> None:
+    spec = SPEC.replace(class_token=False, global_pool="avg")
+    with pytest.raises(PruningError, match="a class token, whose attention evit ranks by"):
+        prune(random_model(spec), ["magnitude", "evit"], [{"macs": "1%"}, {"macs": "1%"}])
+    dynamic = random_model(SPEC.replace(dynamic_img_size=True))
+    with pytest.raises(PruningError, match="a static image size"):
+        prune(dynamic, ["magnitude", "evit"], [{"macs": "1%"}, {"macs": "1%"}])
+
+
+@pytest.mark.parametrize("how", [{"pruning_ratio": 0.25}, {"shape": vit(*[block((6,) * 4, (8,) * 4)] * 3)}], ids=str)
+def test_recovery_goes_with_a_ratio_and_with_a_shape(how: dict[str, Any]) -> None:
+    cut = prune(MODEL, "magnitude", **how)
+    small = prune(MODEL, "magnitude", train=DATA, recovery={"epochs": 1, "lr": 1e-3}, **how)
+    assert small.plan == cut.plan
+    assert not torch.equal(small.head.weight, cut.head.weight), "it was trained"
+
+
+def test_ratios_without_constraints_go_through_a_list_of_methods() -> None:
+    small = prune(MODEL, ["magnitude:head", "taylor:mlp"], None, DATA, pruning_ratio={"head": 0.25, "mlp": 0.5})
+    assert widths(small.spec) == (3, 8, 8, 12)
+
+
+@pytest.mark.parametrize(
     ("method", "recipe", "options"),
     [
         ("magnitude", "recovery", {}),
@@ -168,7 +219,9 @@ def test_options_go_to_the_methods_that_have_them() -> None:
         ([], {"macs": "50%"}, {}, "at least one method"),
         (["magnitude:heads"], {"macs": "50%"}, {}, "kinds of group"),
         (["magnitude", "random"], [{"macs": "50%"}], {}, "each of 2 methods"),
-        (["magnitude", "random"], None, {"pruning_ratio": 0.5}, "share among"),
+        ("magnitude", None, {"pruning_ratio": 0.5, "rounds": 2}, "constraints, to share among several rounds"),
+        (["magnitude", "random"], None, {"shape": SPEC}, "a shape for one method, in one round"),
+        ("magnitude", [{"macs": "70%"}], {"rounds": 2}, "one mapping of constraints, which rounds share, got a list"),
         ("magnitude", {"macs": "50%"}, {"rounds": 0}, "one round"),
         (["snp", "magnitude"], {"macs": "50%"}, {"ignored_layers": ["block.1"]}, "a pattern of addresses .*'block.1'"),
         ("cp-vit", {"macs": "50%"}, {"max_pruning_ratio": {"block.1": 0.5}}, "'block.1'"),
