@@ -95,14 +95,16 @@ class CPViT(_TokenMethod):
         ranking = job.budget.ranking
         wanted = self.heads and "head" in (ranking.groups or self.groups)
         scores = self._heads(job) if wanted else {}
-        _, may_go = replace(ranking, pruning_ratio=None).order(scores, job.first(scores))
+        first = job.first(scores)
+        _, may_go = replace(ranking, pruning_ratio=None).order(scores, first)
 
         def plan_of(ratio: float) -> Plan:
             share = [ratio * max(0, i - start + 1) / (spec.depth - start) for i in range(spec.depth)]
             dropped: dict[Group, list[int]] = {bundle.group: [] for bundle in may_go}
             for bundle in may_go:
                 gone, group = dropped[bundle.group], bundle.group
-                if len(gone) + len(bundle.units) <= int(group.size * share[group.block]):
+                had = first.get(group, group).size
+                if had - group.size + len(gone) + len(bundle.units) <= int(had * share[group.block]):
                     gone += bundle.units
             keep = [max(1, spec.num_patches - int(spec.num_patches * s)) for s in share]
             selects = [

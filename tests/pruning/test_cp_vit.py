@@ -128,6 +128,14 @@ def test_a_combination_with_neurons() -> None:
     assert other.spec.tokens()[-1][2] < 49
 
 
+def test_a_ratio_of_heads_counts_those_that_are_gone() -> None:
+    model, images = random_model(SPEC), [random_images(SPEC)]
+    small = prune(model, ["magnitude:head", "cp-vit"], {"macs": "95%"}, images, pruning_ratio=0.5)
+    assert [block.num_heads for block in small.spec.blocks] == [2, 2, 2, 2]
+    more = prune(model, ["magnitude:head", "cp-vit"], None, images, pruning_ratio=0.75, ignored_layers=["blocks.3.*"])
+    assert [block.num_heads for block in more.spec.blocks] == [1, 1, 1, 4]
+
+
 def test_what_cannot_be_done_is_refused() -> None:
     model, images = random_model(SPEC), [random_images(SPEC)]
     with pytest.raises(BudgetError, match="irreducible floor"):
