@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
@@ -124,17 +124,15 @@ class Loss:
         fits = None in (taught, own) or taught == own
         expect(fits, PruningError, f"a teacher of {own} classes, as the model has", got=taught)
         self.channels: Tensor | None = None
-        plan = getattr(student, "plan", None)
         if teacher is not None and recipe.distillation == "feature":
             width, own = (getattr(m, "num_features", None) for m in (teacher, student))
             if width != own:
-                dense = None if plan is None else Plan.from_dict(plan)
-                fits = dense is not None and dense.dense.embed_dim == width and len(dense.channels) == own
+                (dense, had), (of, kept) = (_channels(m, size) for m, size in ((teacher, width), (student, own)))
+                fits = dense == of and (len(had), len(kept)) == (width, own) and set(kept) <= set(had)
                 expect(
                     fits, PruningError, f"feature distillation from a teacher of width {own} or of the plan", got=width
                 )
-                assert dense is not None
-                self.channels = torch.tensor(dense.channels)
+                self.channels = torch.tensor([had.index(channel) for channel in kept])
 
     @staticmethod
     def features(recipe: Recipe, teacher: nn.Module | None) -> bool:
@@ -161,3 +159,12 @@ class Loss:
             seen = seen if self.channels is None else seen[..., self.channels.to(seen.device)]
             lesson = lesson + (features - seen).float().square().mean() / seen.float().square().mean().clamp_min(1e-12)
         return (1 - alpha) * loss + alpha * lesson
+
+
+def _channels(model: nn.Module, width: int | None) -> tuple[int, Sequence[int]]:
+    """The width of the first dense model, and which of its channels a model's features have."""
+    plan = getattr(model, "plan", None)
+    if plan is None:
+        return width or 0, range(width or 0)
+    read = Plan.from_dict(plan)
+    return read.dense.embed_dim, read.channels

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from prunevit.errors import CheckpointError, PruningError
 from prunevit.models import PrunedViT
-from prunevit.pruning import Step, accuracy, prune, recover
+from prunevit.pruning import Plan, Step, accuracy, prune, recover
 from prunevit.pruning.recipe import Loss, Mixing, Recipe, Student
 from prunevit.pruning.training_state import read_facts
 from tests.specs import SPECS, block, random_images, random_model, vit
@@ -187,6 +187,20 @@ def test_a_state_of_another_model_or_teacher_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"of this run, its (model|teacher)"):
             recover(model, problem(), epochs=1, state=tmp_path / "run", teacher=teacher)
     assert torch.equal(weights(second), before)
+
+
+def test_features_are_learnt_from_a_teacher_that_was_pruned_itself() -> None:
+    once = prune(random_model(SPEC), "magnitude", {"macs": "80%"}, groups=("channel",))
+    recipe = {"epochs": 1, "distillation": "feature"}
+    twice = prune(once, "magnitude", {"macs": "80%"}, train=problem(), recovery=recipe, groups=("channel",))
+    kept, had = (Plan.of(model).channels for model in (twice, once))
+    assert set(kept) < set(had) < set(range(32))
+    loss = Loss(Recipe.of(recipe), twice, once)
+    assert loss.channels is not None
+    assert [had[place] for place in loss.channels] == list(kept)
+    other = prune(random_model(SPEC, seed=3), "random", pruning_ratio=0.2, groups=("channel",))
+    with pytest.raises(PruningError, match=f"from a teacher of width {len(kept)} or of the plan, got 25"):
+        Loss(Recipe.of(recipe), twice, other)
 
 
 class Noisy(TensorDataset):
