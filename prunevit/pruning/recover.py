@@ -234,9 +234,15 @@ class _Run:
         if self.state is None or not self.state.exists():
             return
         facts = read_facts(self.state)
-        for name, value in self.identity.items():
-            what = f"{self.state} to be of this run, its {name} at the start {value} (or name another file)"
-            expect(facts.get(name) == value, CheckpointError, what, got=facts.get(name))
+        given, found = ({**of, **of.get("recipe", {})} for of in (self.identity, facts))
+        differing = [name for name in given if name != "recipe" and found.get(name) != given[name]]
+        told, got = (", ".join(f"{name} {of.get(name)}" for name in differing) for of in (given, found))
+        expect(
+            not differing,
+            CheckpointError,
+            f"{self.state} to be of this run, its {told} (or name another file)",
+            got=got,
+        )
         read_state(self.state, facts, self._modules(), self.optimizer)
         self.history, self.step = facts["history"], facts["step"]
         self.scaler.load_state_dict(facts["scaler"])

@@ -177,6 +177,14 @@ def test_an_interrupted_run_resumes_to_the_same_weights(recipe: dict[str, object
         recover(fresh(), problem(), epochs=3, state=tmp_path / "run", **recipe)
 
 
+def test_the_state_of_another_recipe_is_refused_by_the_options_that_differ(tmp_path: Path) -> None:
+    recover(fresh(), problem(), epochs=1, state=tmp_path / "run")
+    with pytest.raises(
+        CheckpointError, match=r"its lr 0.1, mixup 0.5 \(or name another file\), got lr 0.0005, mixup 0.0$"
+    ):
+        recover(fresh(), problem(), epochs=1, state=tmp_path / "run", lr=0.1, mixup=0.5)
+
+
 def test_a_state_of_another_model_or_teacher_is_refused(tmp_path: Path) -> None:
     dense = random_model(SPEC)
     first, second = (prune(dense, method, pruning_ratio=0.5) for method in ("magnitude", "random"))
