@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,13 +38,18 @@ def words(text: str | None) -> list[str] | None:
     return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
 
 
-def pairs(texts: Sequence[str] | None, option: str) -> Pairs:
-    """NAME=VALUE, several times; values are JSON or Python's literals where they can be read so, else text."""
+def pairs(texts: Sequence[str] | None, option: str, owners: Mapping[str, str] | None = None) -> Pairs:
+    """NAME=VALUE, several times; values are JSON or Python's literals where they can be read so, else text.
+
+    A name that another option sets is refused: ``owners`` say which.
+    """
     made: Pairs = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             raise typer.BadParameter(f"expected NAME=VALUE, got {text!r}", param_hint=option)
+        if (owner := (owners or {}).get(name.strip())) is not None:
+            raise typer.BadParameter(f"expected {name.strip()} by {owner}", param_hint=option)
         made[name.strip()] = _value(value.strip())
     return made
 

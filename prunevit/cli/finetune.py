@@ -23,12 +23,16 @@ Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training image
 LearningRate = Annotated[float, typer.Option("--lr", min=0, help="Peak learning rate.")]
 RecipeOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=VALUE", help="Any option of training: mixup=0.8, opt=lamb, ema_decay=0.999, amp=true."),
+    typer.Option(
+        metavar="NAME=VALUE", help="Any other option of training: mixup=0.8, opt=lamb, ema_decay=0.999, amp=true."
+    ),
 ]
 State = Annotated[
     Path | None, typer.Option(help="Write the run here after each epoch; an interrupted one resumes from it.")
 ]
 NewClasses = Annotated[bool, typer.Option("--new-classes", help="Train a new classifier for the data's own classes.")]
+
+OWNERS = {name: f"--{name}" for name in ("epochs", "lr", "distillation")}
 
 
 def command(
@@ -53,7 +57,7 @@ def command(
 
     Under torchrun (torchrun --nproc-per-node 2 -m prunevit finetune …) a step is one batch of each process.
     """
-    given = pairs(recipe, "--recipe") | ({} if distillation is None else {"distillation": distillation})
+    given = pairs(recipe, "--recipe", OWNERS) | ({} if distillation is None else {"distillation": distillation})
     if distillation is not None and teacher is None:
         raise typer.BadParameter("expected a teacher to distil", param_hint="--teacher")
     first = os.environ.get("RANK", "0") == "0"  # torchrun starts several: one of them speaks and writes

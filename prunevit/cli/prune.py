@@ -99,7 +99,9 @@ FinetuneEpochs = Annotated[
 LearningRate = Annotated[float | None, typer.Option("--lr", min=0, help="Peak.", rich_help_panel=TRAINING)]
 RecipeOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=VALUE", help="Any option of training: mixup=0.8, opt=lamb.", rich_help_panel=TRAINING),
+    typer.Option(
+        metavar="NAME=VALUE", help="Any other option of training: mixup=0.8, opt=lamb.", rich_help_panel=TRAINING
+    ),
 ]
 Tau = Annotated[
     float | None, typer.Option(min=0, max=1, help="Accuracy that a round may lose.", rich_help_panel=SEARCH)
@@ -130,6 +132,7 @@ OWNERS = {
     "tau": ("auto",),
     "scorer": ("auto",),
 }
+RECIPE_OWNERS = {"epochs": "--recovery-epochs, --stage-epochs or --finetune-epochs", "lr": "--lr"}
 UNUSED = {"device": None, "batch": 1, "backend": "auto", "tolerance": 0.05, "remeasure": False}
 
 
@@ -226,8 +229,11 @@ def command(
         "scorer": scorer,
         "journal": None if journal is None else str(journal),
     }
-    options = {name: value for name, value in asked.items() if value is not None} | pairs(option, "--option")
-    training = pairs(recipe, "--recipe") | ({} if lr is None else {"lr": lr})
+    given = {name: value for name, value in asked.items() if value is not None}
+    options = given | pairs(option, "--option", {name: f"--{name.replace('_', '-')}" for name in given})
+    if ratios is not None and "pruning_ratio" in options:
+        raise typer.BadParameter("expected one pruning ratio or a file of them, got both", param_hint="--ratios")
+    training = pairs(recipe, "--recipe", RECIPE_OWNERS) | ({} if lr is None else {"lr": lr})
     trains = bool(recovery_epochs or options.get("stages") or options.get("finetune_epochs"))
     if training and not trains:
         what = "expected something that trains: --recovery-epochs, --stages or --finetune-epochs"

@@ -85,6 +85,7 @@ class Auto(Method):
             got=(self.tau, self.probes),
         )
         Recipe.of(self.recipe)
+        expect("epochs" not in self.recipe, PruningError, "epochs by finetune_epochs", got="a recipe with epochs")
         expect(self.against in ("round", "dense"), PruningError, "against round or dense", got=repr(self.against))
 
     def expect_fits(self, job: Job) -> None:

@@ -63,6 +63,12 @@ class GOHSP(Scorer):
         expect(0 < self.damping <= 1, PruningError, "damping in (0, 1]", got=self.damping)
         expect(self.keep in ("central", "peripheral"), PruningError, "keep central or peripheral", got=repr(self.keep))
         Recipe.of(self.recipe)
+        expect(
+            "epochs" not in self.recipe,
+            PruningError,
+            "epochs by stage_epochs and finetune_epochs",
+            got="a recipe with epochs",
+        )
         expect(self.stages >= 0 and self.stage_epochs >= 1, PruningError, "a count of stages", got=self.stages)
 
     @torch.no_grad()

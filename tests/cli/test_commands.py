@@ -296,6 +296,13 @@ def test_a_teacher_of_other_images_is_refused(
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["epochs", "lr", "distillation"])
+def test_what_has_an_option_is_not_taken_from_the_recipe_too(call: Call, tmp_path: Path, name: str) -> None:
+    answer = call("finetune", tmp_path, *DIGITS, "--recipe", f"{name}=3", "--out", tmp_path / "out")
+    assert answer.code == 2
+    assert f"expected {name} by --{name}" in " ".join(answer.stderr.replace("│", " ").split())
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -313,7 +320,7 @@ def test_values_are_read_as_json_or_python_spells_them(text: str, value: object)
         (("info", "deit_smal_patch16_224"), "deit_small_patch16_224"),
         (("info", "./nowhere"), "nowhere"),
         (("info", "swin_tiny_patch4_window7_224"), "swin|Swin"),
-        (("finetune", "{}", *DIGITS, "--recipe", "lr=fast", "--out", "{out}"), "lr to be float, got 'fast'"),
+        (("finetune", "{}", *DIGITS, "--recipe", "alpha=much", "--out", "{out}"), "alpha to be float, got 'much'"),
         (("finetune", "{}", *DIGITS, "--recipe", "teacher=x", "--out", "{out}"), "options of recover .* got teacher"),
         (("finetune", "{}", *DIGITS, "--recipe", "model=x", "--out", "{out}"), "options of recover .* got model"),
         (("prune", "{}", "--macs", "90%", "--option", "seed=3", "--out", "{out}"), "options of snp .* got seed"),

@@ -153,6 +153,8 @@ def test_the_callers_chance_is_left_alone(method: str) -> None:
         ("magnitude", {"recovery": True}, "options of recover, got True"),
         ("magnitude", {"recovery": {"teacher": MODEL}}, "options of recover out of .* got teacher"),
         ("gohsp", {"recipe": {"penalty": 1}}, "options of recover out of .* got penalty"),
+        ("gohsp", {"recipe": {"epochs": 3}}, "epochs by stage_epochs and finetune_epochs, got a recipe"),
+        ("auto", {"recipe": {"epochs": 3}}, "epochs by finetune_epochs, got a recipe with epochs"),
         ("auto", {"recipe": {"state": "file"}}, "options of recover out of .* got state"),
         ("snp", {"data": IMAGES}, "batches, such as a DataLoader, got Tensor"),
         ("cp-vit", {"heads": "False"}, "heads to be bool, got 'False'"),
