@@ -141,12 +141,13 @@ class Table:
             of, ms = data["of"], {str(key): float(value) for key, value in data["ms"].items()}
             differs = _differences(of, self.of) if data["format"] == FORMAT else [f"format {data['format']}"]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{self.path}: expected a latency table, got {error!r}; delete it") from None
+            what = f"{self.path}: expected a latency table, or a name that no file has yet, got {error!r}"
+            raise CheckpointError(what) from None
         if not differs:
             return ms
         what = f"{self.path}: expected a latency table of this machine and target, got one with {'; '.join(differs)}"
         if not rebuild:
-            raise CheckpointError(f"{what}: delete it to measure anew, or name another file")
+            raise CheckpointError(f"{what}: measure anew by remeasure (--remeasure), or name another file")
         logger.warning("%s: measuring anew", what)
         return {}
 

@@ -126,7 +126,7 @@ def test_a_stale_table_is_refused_by_name_or_measured_anew(
     data = json.loads(path.read_text())
     data["of"] |= {"torch": "0.4", "threads": 96}
     path.write_text(json.dumps(data))
-    with pytest.raises(CheckpointError, match=r"threads 96 instead of 1; torch '0\.4' instead of .*: delete it"):
+    with pytest.raises(CheckpointError, match=r"threads 96 instead of 1; torch '0\.4' instead of .*: measure anew by remeasure"):
         new_table(path)
     with caplog.at_level(logging.WARNING, "prunevit"):
         fresh = new_table(path, rebuild=True)
@@ -135,8 +135,8 @@ def test_a_stale_table_is_refused_by_name_or_measured_anew(
     assert fresh.spec_ms(SPEC) == ms
     assert json.loads(path.read_text())["of"] == fresh.of
     path.write_text("no table")
-    with pytest.raises(CheckpointError, match="expected a latency table"):
-        new_table(path)
+    with pytest.raises(CheckpointError, match=r"expected a latency table, or a name that no file has yet, got JSON"):
+        new_table(path, remeasure=True)
 
 
 @pytest.mark.parametrize("spoilt", ["dense", "pruned"])
