@@ -14,6 +14,7 @@ import torch
 from prunevit_kernels import BackendName, Target
 
 from ..errors import InputError, PruningError, expect
+from ..pruning.options import check_types
 from ..runtime.backend import choose_target
 from ..runtime.sizes import memory_bytes
 from ..spec import ViTSpec
@@ -42,8 +43,8 @@ class Deployment:
     remeasure: bool = False
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.batch, int) and self.batch >= 1
-        expect(whole, InputError, "a batch of at least one image", got=self.batch)
+        check_types(type(self), vars(self), InputError)
+        expect(self.batch >= 1, InputError, "a batch of at least one image", got=self.batch)
         expect(0 < self.tolerance < 1, InputError, "a tolerance between 0 and 1", got=self.tolerance)
         fine = self.attempts is None or self.attempts >= 1
         expect(fine, InputError, "at least one attempt", got=self.attempts)
@@ -57,6 +58,8 @@ class Deployment:
         """A deployment, or its fields by name."""
         if isinstance(options, Deployment):
             return options
+        fits = options is None or isinstance(options, Mapping)
+        expect(fits, PruningError, "on= a Deployment or its fields by name", got=repr(options))
         given, known = dict(options or {}), [field.name for field in fields(cls)]
         unknown = sorted(set(given) - set(known))
         expect(not unknown, PruningError, f"on= with fields out of {', '.join(known)}", got=", ".join(unknown))

@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from ..errors import PruningError, expect
+from ..errors import PrunevitError, PruningError, expect
 
 
-def check_types(kind: type[Any], options: Mapping[str, Any]) -> None:
-    """Raise :class:`PruningError` unless each option fits the field of that name of ``kind``, a dataclass.
+def check_types(kind: type[Any], options: Mapping[str, Any], error: type[PrunevitError] = PruningError) -> None:
+    """Raise ``error`` unless each option fits the field of that name of ``kind``, a dataclass.
 
     Words inside of something (kinds of group in a list) are left to the class, which says what they may be.
     """
@@ -29,4 +29,4 @@ def check_types(kind: type[Any], options: Mapping[str, Any]) -> None:
         except ValidationError:
             fits = False
         what = f"out of {', '.join(map(str, get_args(hint)))}" if literal else f"to be {names[name]}"
-        expect(fits, PruningError, f"{name} {what}", got=repr(value))
+        expect(fits, error, f"{name} {what}", got=repr(value))

@@ -126,7 +126,9 @@ def test_a_stale_table_is_refused_by_name_or_measured_anew(
     data = json.loads(path.read_text())
     data["of"] |= {"torch": "0.4", "threads": 96}
     path.write_text(json.dumps(data))
-    with pytest.raises(CheckpointError, match=r"threads 96 instead of 1; torch '0\.4' instead of .*: measure anew by remeasure"):
+    with pytest.raises(
+        CheckpointError, match=r"threads 96 instead of 1; torch '0\.4' instead of .*: measure anew by remeasure"
+    ):
         new_table(path)
     with caplog.at_level(logging.WARNING, "prunevit"):
         fresh = new_table(path, rebuild=True)
@@ -307,6 +309,11 @@ def test_a_cost_of_ones_own_is_used_for_latency_too() -> None:
         ({"latency": "50%"}, {"on": {"threats": 2}}, PruningError, "threads.*got threats"),
         ({"latency": "50%"}, {"on": {"batch": 0}}, InputError, "at least one image"),
         ({"latency": "50%"}, {"on": {"dtype": "float12"}}, InputError, "float12"),
+        ({"latency": "50%"}, {"on": "cpu"}, PruningError, "a Deployment or its fields by name, got 'cpu'"),
+        ({"latency": "50%"}, {"on": {"tolerance": "0.1"}}, InputError, "tolerance to be float, got '0.1'"),
+        ({"latency": "50%"}, {"on": {"batch": "1"}}, InputError, "batch to be int, got '1'"),
+        ({"latency": "50%"}, {"on": {"attempts": "2"}}, InputError, "attempts to be .*int.*, got '2'"),
+        ({"latency": "50%"}, {"on": {"backend": 3}}, InputError, "backend"),
         ([{"latency": "50%"}, {"macs": "50%"}], {"on": CPU, "method": ["magnitude"] * 2}, PruningError, "the last"),
         ({"latency": "50%", "watts": "50%"}, {"cost": lambda spec: 1.0}, PruningError, "costs by name"),
     ],
