@@ -36,6 +36,7 @@ from .budget import Budget
 from .groups import KINDS, Kind, check_kinds, groups_of
 from .journal import Journal, Probe
 from .method import Batches, Job, Method, Scorer, evaluating, read_batch
+from .options import expect_at_least
 from .plan import Plan
 from .recipe import Recipe
 from .recover import accuracy, recover_for
@@ -84,6 +85,7 @@ class Auto(Method):
             "tau and probes of at least 0",
             got=(self.tau, self.probes),
         )
+        expect_at_least(self, "finetune_epochs", 0)
         Recipe.of(self.recipe)
         expect("epochs" not in self.recipe, PruningError, "epochs by finetune_epochs", got="a recipe with epochs")
         expect(self.against in ("round", "dense"), PruningError, "against round or dense", got=repr(self.against))

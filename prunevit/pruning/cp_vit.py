@@ -28,6 +28,7 @@ from ..spec import TokenSelect, ViTSpec
 from .gohsp import attention_maps
 from .groups import Group, Kind, groups_of
 from .method import Job, Method, evaluating, images_of, watched_qkv
+from .options import expect_at_least
 from .plan import Plan
 from .surgery import compact
 
@@ -76,6 +77,11 @@ class CPViT(_TokenMethod):
         *("groups", "pruning_ratio"),
         *("ignored_layers", "min_kept", "max_pruning_ratio", "round_to"),
     )
+
+    def __post_init__(self) -> None:
+        expect_at_least(self, "images", 1)
+        late = self.start is None or self.start >= 1
+        expect(late, PruningError, "a start after the first layer, which no scores come before", got=self.start)
 
     def expect_fits(self, job: Job) -> None:
         super().expect_fits(job)

@@ -18,6 +18,7 @@ each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from ..errors import PruningError, expect
 from ..models import PrunedViT
 from .groups import Atoms, Group, Kind, groups_of
 from .method import Data, Job, Scorer, evaluating, images_of, reduce_square, watched_qkv
+from .options import expect_at_least
 from .plan import Plan
 from .recipe import Recipe
 from .recover import Step, recover_for
@@ -69,7 +71,9 @@ class GOHSP(Scorer):
             "epochs by stage_epochs and finetune_epochs",
             got="a recipe with epochs",
         )
-        expect(self.stages >= 0 and self.stage_epochs >= 1, PruningError, "a count of stages", got=self.stages)
+        for name, least in (("stages", 0), ("stage_epochs", 1), ("finetune_epochs", 0), ("images", 1)):
+            expect_at_least(self, name, least)
+        expect(0 <= self.rho < math.inf, PruningError, "a finite rho of at least 0", got=self.rho)
 
     @torch.no_grad()
     def score(self, model: PrunedViT, groups: Sequence[Group], data: Data | None, seed: int) -> dict[Group, Tensor]:

@@ -30,6 +30,13 @@ Batches: TypeAlias = Iterable[Sequence[Tensor]]
 """Batches of (images, labels), again and again."""
 
 
+def expect_again(**batches: Batches | None) -> None:
+    """Raise :class:`PruningError` for an iterator: a second time there would be nothing to see."""
+    for name, given in batches.items():
+        what = f"{name}= of batches to go through again and again, such as a list or a DataLoader"
+        expect(not isinstance(given, Iterator), PruningError, what, got=type(given).__name__)
+
+
 class Replayed:
     """An iterator's batches, to go through again and again. Keeps those that were looked at, and draws no others."""
 

@@ -11,6 +11,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ..errors import PrunevitError, PruningError, expect
 
 
+def expect_at_least(options: object, name: str, least: int) -> None:
+    """Raise :class:`PruningError` where a field is below ``least``; None is whatever None means there."""
+    value = getattr(options, name)
+    expect(value is None or value >= least, PruningError, f"{name} of at least {least}", got=value)
+
+
 def check_types(kind: type[Any], options: Mapping[str, Any], error: type[PrunevitError] = PruningError) -> None:
     """Raise ``error`` unless each option fits the field of that name of ``kind``, a dataclass.
 

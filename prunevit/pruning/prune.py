@@ -20,7 +20,7 @@ from .budget import Budget, Constraints, Cost, mappings_of
 from .combine import Sequential, Stage
 from .cp_vit import CPViT, EViT
 from .groups import KINDS, check_kinds
-from .method import Batches, Data, Job, Method, Replayed
+from .method import Batches, Data, Job, Method, Replayed, expect_again
 from .options import check_types
 from .plan import Plan
 from .provenance import with_pruning
@@ -87,6 +87,7 @@ def prune(
     Recipe.of(recovery or {})
     fits = data is None or (isinstance(data, Iterable) and not isinstance(data, Tensor | str | Mapping))
     expect(fits, PruningError, "data= of batches, such as a DataLoader", got=type(data).__name__)
+    expect_again(train=train, validation=validation)
     stages = _stages(methods, {name: value for name, value in options.items() if name not in _RANKING})
     _expect_heeded(stages, ranking)
     dense = as_pruned(model)

@@ -40,7 +40,7 @@ class Ranking:
     ``groups``: the kinds to prune (None: the method's own). Ranks are taken in each group alone, so that every group
     gives up the same share (the default, but of gohsp); with ``isomorphic`` among all groups of a kind; with
     ``global_pruning`` among all units, each score divided within its layer as ``normalizer`` says of those above −∞
-    (None: raw scores).
+    (None: raw scores). Only the last two compare layers: in a group alone ``normalizer`` changes no rank.
     ``pruning_ratio`` drops a fixed share first: of every group, or by address pattern (``{"blocks.0.*": 0.2, "qk":
     0.5}``, the last match counts); a constraint then takes what it needs beyond. ``max_pruning_ratio`` bounds the share
     that any group loses, in the same two forms. Both are shares of the model that prune() is given, through however

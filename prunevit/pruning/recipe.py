@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
@@ -58,6 +59,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
+        for name, value in vars(self).items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            expect(finite, PruningError, f"a finite {name}", got=value)
         for name in ("epochs", "accumulate", "lr", "temperature", "clip_grad", "max_steps"):
             value = getattr(self, name)
             expect(value is None or value > 0, PruningError, f"{name} above 0", got=value)

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CheckpointError, PruningError, expect
 from .dealing import Dealer
-from .method import Batches, Job, evaluating, keeping_modes, read_batch
+from .method import Batches, Job, evaluating, expect_again, keeping_modes, read_batch
 from .recipe import SCHEDULES, Loss, Mixing, Recipe, Student
 from .training_state import fingerprint, read_facts, read_state, write_state
 
@@ -70,6 +70,7 @@ def recover(
     do not exist, on a model that gives no logits and on a loss that is no number, :class:`CheckpointError` on a state
     of another run.
     """
+    expect_again(validation=validation)
     run = _Run(model, data, teacher, validation, Recipe.of(recipe), None if state is None else Path(state))
     run.penalty, run.on_step, run.on_epoch = penalty, on_step, on_epoch
     with _own_chance(run.device), keeping_modes(model):

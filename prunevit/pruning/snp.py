@@ -32,6 +32,7 @@ from ..errors import PruningError, expect
 from ..models import PrunedViT
 from .groups import Atoms, Group, Kind
 from .method import Data, Scorer, images_of, watched_qkv
+from .options import expect_at_least
 
 _DEAD = 1e-6  # of the mean norm of a matrix's rows: what weight decay leaves of an unused neuron is below it
 
@@ -54,7 +55,7 @@ class SNP(Scorer):
     def __post_init__(self) -> None:
         expect(self.gamma is None or self.gamma >= 1, PruningError, "gamma of at least 1", got=self.gamma)
         expect(0 < self.energy <= 1, PruningError, "energy in (0, 1]", got=self.energy)
-        expect(self.images >= 1, PruningError, "at least one image", got=self.images)
+        expect_at_least(self, "images", 1)
 
     @torch.no_grad()
     def score(self, model: PrunedViT, groups: Sequence[Group], data: Data | None, seed: int) -> dict[Group, Tensor]:

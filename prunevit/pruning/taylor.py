@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ..models import PrunedViT
 from .groups import Group
 from .method import Data, Scorer, labelled
+from .options import expect_at_least
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Taylor(Scorer):
     """|Σ w · ∂L/∂w|, L the cross entropy, over at most ``images`` images (None: all of data)."""
 
     images: int | None = 512
+
+    def __post_init__(self) -> None:
+        expect_at_least(self, "images", 1)
 
     def score(self, model: PrunedViT, groups: Sequence[Group], data: Data | None, seed: int) -> dict[Group, Tensor]:
         parameters = dict(model.named_parameters())

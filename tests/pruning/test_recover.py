@@ -177,6 +177,11 @@ def test_an_interrupted_run_resumes_to_the_same_weights(recipe: dict[str, object
         recover(fresh(), problem(), epochs=3, state=tmp_path / "run", **recipe)
 
 
+def test_validation_is_looked_at_after_each_epoch() -> None:
+    with pytest.raises(PruningError, match="validation= of batches to go through again and again"):
+        recover(fresh(), problem(), epochs=2, validation=iter(problem()))
+
+
 def test_the_state_of_another_recipe_is_refused_by_the_options_that_differ(tmp_path: Path) -> None:
     recover(fresh(), problem(), epochs=1, state=tmp_path / "run")
     with pytest.raises(
