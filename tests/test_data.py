@@ -202,6 +202,11 @@ def test_wrong_folders_are_refused_by_name(tmp_path: Path) -> None:
         load_data(root, num_classes=3)
     with pytest.raises(DataError, match=r"named as the model's classes .bee, cat., got ant.*--new-classes"):
         load_data(root, num_classes=2, label_names=("bee", "cat"))
+    (root / "ant" / "small").mkdir()
+    Image.new("RGB", (4, 4)).save(root / "ant" / "small" / "deep.png")
+    with pytest.raises(DataError, match=r"right in a class folder, got .*ant/small/deep\.png"):
+        load_data(root, num_classes=2)
+    (root / "ant" / "small" / "deep.png").unlink()
     Image.new("RGB", (4, 4)).save(root / "loose.png")
     with pytest.raises(DataError, match=r"loose\.png"):
         load_data(root)

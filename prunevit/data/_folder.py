@@ -104,8 +104,9 @@ def _listed(root: Path) -> tuple[list[Sample], list[str]]:
     except RuntimeError:  # timm says so when it finds no image, and names other extensions
         kinds = " ".join(IMG_EXTENSIONS)
         raise DataError(f"expected images ({kinds}) in the class folders of {root}, got none") from None
-    loose = [file for file, _ in reader.samples if Path(file).parent == root]
-    expect(not loose, DataError, f"every image of {root} in a class folder", got=f"{loose[:3]} beside them")
+    # timm would take the innermost folder for a class, wherever it is
+    loose = [file for file, _ in reader.samples if Path(file).parent.parent != root]
+    expect(not loose, DataError, f"every image of {root} right in a class folder", got=", ".join(loose[:3]))
     return list(reader.samples), list(reader.class_to_idx)
 
 
