@@ -84,8 +84,8 @@ def run(request: Request, output: Output) -> None:
             **loaders, **options,
         )  # fmt: skip
         if "journal" in options:  # a budget of latency may have taken several attempts
-            took = pruned.provenance.get("latency") if "latency" in request.constraint_names else None
-            options["journal"] = journal_of(options["journal"], took["attempts"] if took else 1)
+            attempts = pruned.provenance.get("latency", {}).get("attempts", 1)
+            options["journal"] = journal_of(options["journal"], attempts)
         if request.plot is not None:
             plot_journal(options["journal"], request.plot)
     result = {**_report(request, dense, pruned, options), "images": counted}

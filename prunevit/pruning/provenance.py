@@ -10,6 +10,8 @@ from ..spec import ViTSpec
 
 # where a search is written to and who watches it: not what was asked for
 _BESIDE = ("journal", "on_probe")
+# what was measured of the model that is pruned, and holds no longer
+_MEASURED = ("accuracy", "latency")
 
 
 def with_pruning(provenance: Mapping[str, Any], names: Sequence[str], asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -18,7 +20,7 @@ def with_pruning(provenance: Mapping[str, Any], names: Sequence[str], asked: Map
     ``method`` joins the names of all calls, ``prunings`` has the arguments of each. Older checkpoints have the
     constraints and the seed of their last call beside ``method``: all that is known of them, and the first entry here.
     """
-    made = dict(provenance)
+    made = {name: value for name, value in provenance.items() if name not in _MEASURED}
     before = {name: made.pop(name) for name in ("method", "constraints", "seed") if name in made}
     entries = made.pop("prunings", None)
     if not isinstance(entries, list):  # a checkpoint may hold anything there

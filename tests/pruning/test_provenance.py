@@ -39,6 +39,14 @@ def test_a_pruning_is_added_to_those_before(tmp_path: Path) -> None:
     assert "prunings" not in MODEL.provenance
 
 
+def test_what_was_measured_of_the_model_before_is_not_said_of_the_next() -> None:
+    once = prune(MODEL, "magnitude", {"macs": "80%"})
+    once.provenance |= {"latency": {"measured_ms": 2.0}, "accuracy": {"validation": 0.9}, "base_model": "deit"}
+    twice = prune(once, "random", {"macs": "90%"})
+    assert set(twice.provenance) == {"base_model", "method", "prunings"}
+    assert once.provenance["accuracy"] == {"validation": 0.9}
+
+
 @pytest.mark.parametrize(
     ("before", "first"),
     [
