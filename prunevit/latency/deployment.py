@@ -13,8 +13,8 @@ import torch
 
 from prunevit_kernels import BackendName, Target
 
+from .._options import check_types
 from ..errors import InputError, PruningError, expect
-from ..pruning.options import check_types
 from ..runtime.backend import choose_target
 from ..runtime.sizes import memory_bytes
 from ..spec import ViTSpec

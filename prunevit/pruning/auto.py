@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from .._options import expect_at_least
 from ..errors import BudgetError, PruningError, expect
 from ..models import PrunedViT
 from ..spec import ViTSpec
@@ -36,7 +37,6 @@ from .budget import Budget
 from .groups import KINDS, Kind, check_kinds, groups_of
 from .journal import Journal, Probe
 from .method import Batches, Job, Method, Scorer, evaluating, read_batch
-from .options import expect_at_least
 from .plan import Plan
 from .recipe import Recipe
 from .recover import accuracy, recover_for

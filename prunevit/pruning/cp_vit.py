@@ -22,13 +22,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._options import expect_at_least
 from ..errors import BudgetError, PruningError, expect
 from ..models import PrunedViT
 from ..spec import TokenSelect, ViTSpec
 from .gohsp import attention_maps
 from .groups import Group, Kind, groups_of
 from .method import Job, Method, evaluating, images_of, watched_qkv
-from .options import expect_at_least
 from .plan import Plan
 from .surgery import compact
 

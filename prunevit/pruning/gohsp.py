@@ -27,11 +27,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from .._options import expect_at_least
 from ..errors import PruningError, expect
 from ..models import PrunedViT
 from .groups import Atoms, Group, Kind, groups_of
 from .method import Data, Job, Scorer, evaluating, images_of, reduce_square, watched_qkv
-from .options import expect_at_least
 from .plan import Plan
 from .recipe import Recipe
 from .recover import Step, recover_for

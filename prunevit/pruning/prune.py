@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import shapes
+from .._options import check_types
 from ..errors import PruningError, expect
 from ..models import PrunedViT
 from ..models.from_timm import as_pruned
@@ -21,7 +22,6 @@ from .combine import Sequential, Stage
 from .cp_vit import CPViT, EViT
 from .groups import KINDS, check_kinds
 from .method import Batches, Data, Job, Method, Replayed, expect_again
-from .options import check_types
 from .plan import Plan
 from .provenance import with_pruning
 from .ranking import Ranking

@@ -12,8 +12,8 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._options import check_types
 from ..errors import PruningError, expect
-from .options import check_types
 from .plan import Plan
 
 Distillation = Literal["hard", "soft", "feature"]

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._options import expect_at_least
 from ..errors import PruningError, expect
 from ..models import PrunedViT
 from .groups import Atoms, Group, Kind
 from .method import Data, Scorer, images_of, watched_qkv
-from .options import expect_at_least
 
 _DEAD = 1e-6  # of the mean norm of a matrix's rows: what weight decay leaves of an unused neuron is below it
 

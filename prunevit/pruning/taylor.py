@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._options import expect_at_least
 from ..models import PrunedViT
 from .groups import Group
 from .method import Data, Scorer, labelled
-from .options import expect_at_least
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from ..errors import PrunevitError, PruningError, expect
+from .errors import PrunevitError, PruningError, expect
 
 
 def expect_at_least(options: object, name: str, least: int) -> None:
