@@ -54,11 +54,6 @@ class Document(Frozen):
         with named(cls):
             return cls.model_validate_json(text)
 
-    @classmethod
-    def checked(cls, **fields: Any) -> Self:
-        """Built from its fields. Raises as :meth:`from_dict` does."""
-        return cls(**fields)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, defaults included."""
         data: dict[str, Any] = self.model_dump(mode="json")

@@ -293,7 +293,7 @@ class ViTSpec(Document):
 
     def replace(self, **fields: Any) -> ViTSpec:
         """The same spec with some fields changed, and checked anew."""
-        return ViTSpec.checked(**{**{name: getattr(self, name) for name in type(self).model_fields}, **fields})
+        return ViTSpec(**{**{name: getattr(self, name) for name in type(self).model_fields}, **fields})
 
     @classmethod
     def from_shape(cls, entry: Mapping[str, Any], **fields: Any) -> ViTSpec:

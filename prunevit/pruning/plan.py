@@ -211,7 +211,7 @@ class Plan(Document):
                 )
             )
         gain = (dense.embed_dim / len(channels)) ** 0.5 if rescale_norms and channels else 1.0
-        return cls.checked(dense=dense, channels=channels, norm_gain=gain, blocks=tuple(blocks))
+        return cls(dense=dense, channels=channels, norm_gain=gain, blocks=tuple(blocks))
 
     def with_selection(self, selects: Sequence[TokenSelect | None]) -> Plan:
         """The same plan with token reductions, one entry a block."""
@@ -220,7 +220,7 @@ class Plan(Document):
             BlockPlan(**{**dict(block), "select": select or block.select})
             for block, select in zip(self.blocks, selects)
         )
-        return self.checked(**{**dict(self), "blocks": blocks})
+        return Plan(**{**dict(self), "blocks": blocks})
 
     def then(self, inner: Plan) -> Plan:
         """The plan that does this one and then ``inner``, a plan of the model that this one leaves.
@@ -244,7 +244,7 @@ class Plan(Document):
                     select=second.select or outer.select,
                 )
             )
-        return self.checked(
+        return Plan(
             dense=inner.dense.replace(embed_dim=self.dense.embed_dim, blocks=self.dense.blocks),
             channels=_pick(self.channels, inner.channels),
             norm_gain=self.norm_gain * inner.norm_gain,
