@@ -16,7 +16,7 @@ from ..models.block import init_linear
 from ..models.from_timm import scale_of
 from ..models.parts import attention_parts
 from ..spec import BlockSpec, ViTSpec
-from ._module import KernelModule, given, parts_refusal, tensors_refusal
+from ._module import KernelModule, given, input_refusal, parts_refusal, tensors_refusal
 
 
 class Heads(NamedTuple):
@@ -63,11 +63,7 @@ class AttentionOnKernels(KernelModule):
         self_: Any = self
         if self_.qkv is None:
             return "it has no heads"
-        if not isinstance(x, Tensor):
-            return f"x is a {type(x).__name__}"
-        if x.dim() != 3:
-            return f"x has {x.dim()} dimensions"
-        reason = self._call_refusal(x, attn_mask, is_causal) or self._own_refusal()
+        reason = input_refusal(x, 3, 3) or self._call_refusal(x, attn_mask, is_causal) or self._own_refusal()
         return reason or widths_refusal(self, "") or tensors_refusal(x, self._tensors())
 
     def _look(self) -> str | None:

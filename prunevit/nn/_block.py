@@ -24,7 +24,7 @@ from ._attention import (
     widths_refusal,
 )
 from ._mlp import mlp_refusal
-from ._module import KernelModule, given, parts_refusal, tensors_refusal, watched
+from ._module import KernelModule, given, input_refusal, parts_refusal, tensors_refusal, watched
 from ._ready import ready, tensors
 
 
@@ -43,11 +43,7 @@ class BlockOnKernels(KernelModule):
         return mlp is not None and not isinstance(mlp, nn.Sequential)
 
     def refusal(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
-        if not isinstance(x, Tensor):
-            return f"x is a {type(x).__name__}"
-        if x.dim() != 3:
-            return f"x has {x.dim()} dimensions"
-        reason = self._call_refusal(x, attn_mask, is_causal) or self._own_refusal()
+        reason = input_refusal(x, 3, 3) or self._call_refusal(x, attn_mask, is_causal) or self._own_refusal()
         if reason is None and self._attends:
             reason = self._width_refusal("1", x) or widths_refusal(self.attn, "attn.")
             reason = reason or tensors_refusal(x, self._attention_tensors())

@@ -12,7 +12,7 @@ from ..models.block import ACTIVATIONS, act_of
 from ..models.parts import mlp_parts
 from ..spec import Act
 from ._attention import init_linears
-from ._module import KernelModule, parts_refusal, tensors_refusal
+from ._module import KernelModule, input_refusal, parts_refusal, tensors_refusal
 
 
 def mlp_refusal(mlp: Any, name: str) -> str | None:
@@ -24,11 +24,7 @@ class MlpOnKernels(KernelModule):
     """An MLP x [..., in] -> [..., out] on kernels."""
 
     def refusal(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
-        if not isinstance(x, Tensor):
-            return f"x is a {type(x).__name__}"
-        if x.dim() < 2:
-            return f"x has {x.dim()} dimensions"
-        reason = self._call_refusal(x, attn_mask, is_causal) or self._own_refusal()
+        reason = input_refusal(x, 2) or self._call_refusal(x, attn_mask, is_causal) or self._own_refusal()
         return reason or tensors_refusal(x, self._tensors())
 
     def _look(self) -> str | None:

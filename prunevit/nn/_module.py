@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -176,6 +177,13 @@ def _warn_once(token: int, module: str, reason: str) -> None:
     if (token, reason) not in _told:
         _told.add((token, reason))
         warnings.warn(f"{module} runs on the reference path: {reason}", RuntimeWarning, stacklevel=4)
+
+
+def input_refusal(x: Any, least: int, most: float = math.inf) -> str | None:
+    """Why x is nothing to compute with: no tensor (a symbolic trace has others), or one of another rank."""
+    if not isinstance(x, Tensor):
+        return f"x is a {type(x).__name__}"
+    return None if least <= x.dim() <= most else f"x has {x.dim()} dimensions"
 
 
 def given(attn_mask: Any, is_causal: Any) -> dict[str, Any]:
