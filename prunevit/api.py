@@ -103,7 +103,7 @@ def prune(
     measured.aim(limit.most)
 
     def attempt(number: int) -> PrunedViT:
-        own = {"journal": journal_of(options["journal"], number + 1)} if options.get("journal") else {}
+        own = {"journal": journal_of(options["journal"], attempt=number + 1)} if options.get("journal") else {}
         return pruning.prune(source, method, constraints, data, cost=costs, **{**given, **own})
 
     try:

@@ -85,7 +85,7 @@ def run(request: Request, output: Output) -> None:
         )  # fmt: skip
         if "journal" in options:  # a budget of latency may have taken several attempts
             attempts = pruned.provenance.get("latency", {}).get("attempts", 1)
-            options["journal"] = journal_of(options["journal"], attempts)
+            options["journal"] = journal_of(options["journal"], attempt=attempts)
         if request.plot is not None:
             plot_journal(options["journal"], request.plot)
     result = {**_report(request, dense, pruned, options), "images": counted}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from ..models import PrunedViT
 from .auto import Auto
 from .budget import Budget, Limit
 from .groups import Kind
+from .journal import journal_of
 from .method import Job, Method
 from .recover import recover_for
 
@@ -77,8 +77,7 @@ def _with_own_journals(steps: Sequence[Stage]) -> list[Stage]:
     for stage in steps:
         if isinstance(method := stage.method, Auto) and method.journal is not None:
             searches += 1
-            journal = method.journal if searches == 1 else f"{os.fspath(method.journal)}.search{searches}"
-            stage = replace(stage, method=replace(method, journal=journal))
+            stage = replace(stage, method=replace(method, journal=journal_of(method.journal, search=searches)))
         made.append(stage)
     return made
 

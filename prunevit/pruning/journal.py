@@ -28,9 +28,13 @@ class Probe:
     committed: bool = False
 
 
-def journal_of(path: str | os.PathLike[str], attempt: int) -> str:
-    """Where an attempt at a latency writes its search: under one correction of the table none of another continues."""
-    return os.fspath(path) if attempt == 1 else f"{os.fspath(path)}.{attempt}"
+def journal_of(path: str | os.PathLike[str], *, attempt: int = 1, search: int = 1) -> str:
+    """Where an attempt at a latency, and in it one of several searches, is written: none continues another's.
+
+    Two attempts go by two corrections of the table of latencies.
+    """
+    ends = (f".{attempt}" * (attempt > 1), f".search{search}" * (search > 1))
+    return os.fspath(path) + "".join(ends)
 
 
 class Journal:
