@@ -26,11 +26,10 @@ from .pruning.journal import journal_of
 from .pruning.method import Batches, Data, Replayed, evaluating
 from .pruning.prune import DEFAULT_METHOD, AnyMethod
 from .runtime import Runtime
+from .runtime.agreement import TOLERANCE, largest_error
 from .spec import ViTSpec
 
-# What exact folds in fp64 and another order of fp32 sums may differ by, as a share of the logits' own spread. Measured
-# over the published shapes: below 2e-5.
-GATE_TOLERANCE = 1e-3
+GATE_TOLERANCE = TOLERANCE
 
 
 @torch.inference_mode(False)  # whoever calls in inference mode gets weights that can be trained
@@ -160,7 +159,7 @@ def gate(model: PrunedViT, batch: int = 2) -> float:
     what = "a model whose outputs on random images are numbers (one that diverged is recovered at a lower lr)"
     expect(finite, CheckpointError, what, got="infinities or NaN")
     got = Runtime(model, device="cpu", dtype=torch.float32)(images)
-    error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    error = largest_error(got, expected)
     if not error <= GATE_TOLERANCE:
         raise RuntimeMismatch(
             f"expected the runtime within {GATE_TOLERANCE:g} of the module's outputs, got {error:.3g}: "

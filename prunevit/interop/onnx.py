@@ -24,7 +24,7 @@ from ..errors import InputError, MissingPackage, RuntimeMismatch, expect
 from ..models.block import RaggedAttention
 from ..models.vit import PrunedViT
 from ..runtime import Runtime
-from .agreement import TOLERANCE, largest_error
+from ..runtime.agreement import TOLERANCE, largest_error
 
 MIN_OPSET, OPSET = 18, 20  # from 20 on GELU is one operator
 MAX_BYTES = 2**31 - 2**20  # what a single protobuf file holds, with room for the graph

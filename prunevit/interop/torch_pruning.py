@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import UnsupportedModel
 from ..models.from_timm import from_timm
 from ..models.vit import PrunedViT
-from .agreement import TOLERANCE, largest_error
+from ..runtime.agreement import TOLERANCE, largest_error
 
 
 def from_torch_pruning(model: nn.Module) -> PrunedViT:
