@@ -70,8 +70,7 @@ def command(
 
         from .. import api
         from ..models.from_timm import as_pruned
-        from ..pruning import Recipe, recover
-        from ._measure import accuracy
+        from ..pruning import Recipe, accuracy, recover
         from ._models import data_for, device_of, open_model
 
         options = {"epochs": epochs, "lr": lr, "seed": seed, **given}
@@ -91,7 +90,7 @@ def command(
             _expect_same_images(dense, config)
         train = source.loader("train", config, batch_size=batch_size, augment=True, seed=seed, workers=workers)
         held_out = source.loader("validation", config, batch_size=batch_size, workers=workers)
-        before = accuracy(student.eval(), held_out, where)
+        before = accuracy(student.eval(), held_out)
         try:
             with output.bar("training") as bar:
                 history = recover(
@@ -103,8 +102,10 @@ def command(
                 torch.distributed.destroy_process_group()
         if not first:
             return
-        after = accuracy(student.eval(), held_out, where)
-        student.provenance = {**student.provenance, "accuracy": {"validation": after.top1, "data": data}}
+        last = history[-1]  # a state of recover() without validation has no accuracy
+        after = last["accuracy"] if "accuracy" in last else accuracy(student, held_out)
+        student.eval()
+        student.provenance = {**student.provenance, "accuracy": {"validation": after, "data": data}}
         written = api.save(student, out)
         result = {
             "model": model,
@@ -116,10 +117,10 @@ def command(
             "seed": seed,
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
             "images": source.size("train"),
-            "accuracy": {"split": "validation", "before": before.top1, "after": after.top1},
+            "accuracy": {"split": "validation", "before": before, "after": after},
             "history": history,
         }
-        rows = [("validation top-1", percent(before.top1, 2), percent(after.top1, 2))]
+        rows = [("validation top-1", percent(before, 2), percent(after, 2))]
         title = f"{model}, {count(len(history), 'epoch')} on {data}"
         output.done(result, table(("", "before", "after"), rows, title=title))
         output.say(f"wrote {written}")
